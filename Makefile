@@ -1,0 +1,53 @@
+# One verb per need; CI calls the same verbs. Each makes .venv if it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow dev types lint floors golden bench docs wheel clean
+
+demo: $(VENV)/.bench
+	$(BIN)/python examples/sentence_embeddings.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow
+
+dev: $(VENV)/.dev
+
+types: $(VENV)/.dev
+	mkdir -p build/types && ln -sfn "$(CURDIR)" build/types/torchlathe
+	MYPYPATH=build/types $(BIN)/mypy -p torchlathe.targets -p torchlathe.passes -p torchlathe.codegen -p torchlathe.optimizer
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+floors: $(VENV)/.dev
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests/test_floors.py
+
+golden: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/passes --update-golden
+
+bench: $(VENV)/.bench
+	$(BIN)/python bench/rows.py
+	$(BIN)/python bench/zoo_speed.py
+
+wheel: $(VENV)/.dev
+	bash .ci/wheel $(BIN)/python
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[bench]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@ $(VENV)/.bench
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

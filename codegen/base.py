@@ -1,0 +1,129 @@
+"""What a backend is given (Region), what it chooses (Schedule) and what it returns (Kernel)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from ..passes.text import describe, stable_text
+from ..targets.target import Target
+
+Extent = int | tuple[int, int]  # a static size, or (position of a region input, its dimension)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A convex set of nodes that is lowered together.
+
+    Attributes:
+        nodes: the nodes, in topological order.
+        inputs: values that come from outside (weights included), in order of first use.
+        outputs: nodes whose values are used outside, in order of definition.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+    @classmethod
+    def of(cls, nodes: Iterable[fx.Node]) -> Region:
+        """The region of `nodes` (any order); inputs and outputs follow from the graph."""
+        members = set(nodes)
+        ordered = sorted(members)
+        inputs: dict[fx.Node, None] = {}
+        for node in ordered:
+            for source in node.all_input_nodes:
+                if source not in members:
+                    inputs[source] = None
+        outputs = [n for n in ordered if any(user not in members for user in n.users)]
+        return cls(tuple(ordered), tuple(inputs), tuple(outputs))
+
+    def text(self) -> str:
+        """A print that is equal for regions that compute the same function on the same shapes and layouts."""
+        names = {node: f"in{i}" for i, node in enumerate(self.inputs)}
+        head = [f"{names[node]} : {describe(node, strides=True)}" for node in self.inputs]
+        body = stable_text(self.nodes, names, strides=True)
+        return "\n".join([*head, *body, "return " + ", ".join(names[node] for node in self.outputs)])
+
+    def digest(self) -> str:
+        """Content hash of `text()`: the key under which kernels and measurements are stored."""
+        return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a backend lowers a region: a name and its parameters (plain JSON values)."""
+
+    name: str = "default"
+    params: tuple[tuple[str, Any], ...] = ()
+
+    def __getitem__(self, key: str) -> Any:
+        return dict(self.params)[key]
+
+
+@dataclass(frozen=True)
+class Destination:
+    """An output buffer that the caller allocates: contiguous, of this dtype and shape."""
+
+    shape: tuple[Extent, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Kernel:
+    """One launch.
+
+    `call(*inputs)` returns the outputs (a tensor when the region has one output, else a tuple). A kernel with
+    `destinations` instead is called as `call(*inputs, *buffers)`, writes the buffers and returns None.
+
+    Attributes:
+        name: readable name, such as ``rows_layer_norm``.
+        backend: text name of the backend that made it.
+        call: the compiled function; safe to call from several threads.
+        destinations: None, or one entry per region output.
+        outputs: number of values that the region yields.
+        constants: tensors made at compile time that `call` takes after the inputs (packed weights).
+        source: generated source, for people.
+        library: exports the compiled code as a shared library to the given path, if it can.
+        seconds: measured time of one call on the target, if measured.
+        schedule: the schedule it was lowered with.
+        flops: floating point operations of one call.
+        bytes: bytes read and written by one call.
+    """
+
+    name: str
+    backend: str
+    call: Callable[..., Any]
+    destinations: tuple[Destination, ...] | None = None
+    outputs: int = 1
+    constants: tuple[torch.Tensor, ...] = ()
+    source: str = ""
+    library: Callable[[str], None] | None = None
+    seconds: float | None = None
+    schedule: Schedule = field(default_factory=Schedule)
+    flops: int = 0
+    bytes: int = 0
+    asm: Mapping[str, str] = field(default_factory=dict)
+
+
+class Backend(Protocol):
+    """Three methods: can it, how could it, do it."""
+
+    name: str
+
+    def supports(self, region: Region, target: Target) -> str | None:
+        """None if the region can be lowered, else the reason why not."""
+        ...
+
+    def space(self, region: Region, target: Target) -> Iterable[Schedule]:
+        """Schedules worth trying, the most promising first."""
+        ...
+
+    def lower(self, region: Region, target: Target, schedule: Schedule) -> Kernel:
+        """Compile the region. Raises LowerError."""
+        ...

@@ -1,0 +1,394 @@
+"""Artefacts: an executable in one checked file, and the private folder that its compiled kernels are loaded from.
+
+Nothing is unpickled or evaluated. Loading traces and compiles nothing on the CPU that the file was saved on; on
+another one, compiled kernels are compiled again from the stored graph, and the report says so. The checksums find
+damage, not malice: a file may hold compiled code, so load only files that you trust, or pass ``native=False``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+
+from .. import targets
+from ..passes.errors import ArtefactError, LatheError, MissingPackageError
+from ..passes.program import Program
+from ..targets.target import Target
+from .base import Backend, Destination, Kernel, Region, Schedule
+from .container import AGAIN, Part, read_container, read_json, write_atomically, write_container
+from .eager import EagerBackend
+from .executable import Executable
+from .graph_json import DTYPES, decode_program, decode_value, encode_program, encode_value
+from .onednn import OnednnBackend
+from .select import Choice
+from .structure import decode_structure, encode_structure
+from .weights import decode_tensors, encode_tensors
+
+Json = Any
+# what decoding raises on content that has the right checksums and the wrong meaning
+MALFORMED = (KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError, RecursionError, ArithmeticError,
+             SyntaxError)  # fmt: skip
+# what loading and compiling kernels raise when tvm is missing, older, or cannot load the library
+NO_KERNEL = (ImportError, OSError, RuntimeError, AttributeError, ValueError, LatheError)
+
+
+def save(executable: Executable, path: str | os.PathLike[str]) -> None:
+    """Write an executable as one file, whole or not at all.
+
+    Raises:
+        ArtefactError: the program holds something without a stored form (control flow, sparse weights, custom
+            operators); the error names it.
+        OSError: the file cannot be written.
+    """
+    program = executable.program
+    _refuse_shared_state(program)
+    graph = encode_program(program)
+    tensors = {f"weight:{name}": value for name, value in program.weights.items()}
+    plan, libraries = _encode_plan(executable, tensors)
+    weights, index = encode_tensors(tensors)
+    report = executable.report.to_dict() if hasattr(executable.report, "to_dict") else executable.report
+    structure = {"in": encode_structure(program.in_spec), "out": encode_structure(program.out_spec)}
+    documents = {"graph": graph, "plan": plan, "tensors": index, "structure": structure, "report": report}
+    parts = [Part(k, "json", json.dumps(v, allow_nan=False).encode()) for k, v in documents.items()]
+    parts.append(Part("weights", "weights", weights))
+    parts += [Part(f"library:{i}", "library", data) for i, data in enumerate(libraries)]
+    host = targets.get("cpu")
+    facts = {"versions": _versions(), "target": {"name": host.name, "fingerprint": targets.fingerprint(host)}}
+    write_container(path, facts, parts)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    native: bool = True,
+    decode_report: Callable[[dict[str, Any]], Any] | None = None,
+) -> Executable:
+    """The executable that was saved: same answers, same errors, same report. The original model is not behind it.
+
+    Output classes that are neither registered with torch's pytree nor shown by an imported package come back as
+    `Fields` with the same field names; import the package before loading to get the class itself.
+
+    Args:
+        native: False ignores the compiled kernels of the file and compiles them again from its graph.
+        decode_report: makes the report from its plain dictionary; without it `report` is that dictionary.
+
+    Raises:
+        ArtefactError: the file is missing, damaged, foreign, or needs a class or operator that is not there.
+    """
+    facts, parts = read_container(path)
+    try:
+        return _rebuild(facts, parts, native, decode_report)
+    except LatheError as error:
+        if isinstance(error, ArtefactError):
+            raise
+        raise ArtefactError(f"cannot rebuild {path}: {error.what}", next_step=error.next_step or AGAIN) from error
+    except MALFORMED as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise ArtefactError(f"the contents of {path} contradict the format ({reason})", next_step=AGAIN) from error
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The report's dictionary. Checks the manifest, the size of the file and the report; reads nothing else.
+
+    Raises:
+        ArtefactError: the file is missing or damaged, or was saved without a report.
+    """
+    _, parts = read_container(path, only=("report",))
+    report = read_json(parts["report"].data, "the report") if "report" in parts else None
+    if not isinstance(report, dict):
+        raise ArtefactError(f"{path} holds no report")
+    return report
+
+
+def _versions() -> dict[str, str]:
+    try:
+        tvm = version("apache-tvm")
+    except PackageNotFoundError:
+        tvm = ""
+    own = str(getattr(sys.modules[__name__.partition(".")[0]], "__version__", ""))
+    system = f"{sys.platform} {platform.machine()}"
+    return {"torchlathe": own, "torch": str(torch.__version__), "tvm": tvm, "python": platform.python_version(),
+            "system": system}  # fmt: skip
+
+
+def _refuse_shared_state(program: Program) -> None:
+    """A carried tensor that shares memory with another weight would come back as two independent ones."""
+    slots = {s.slot for s in program.state}
+    tensors = {k: v for k, v in program.weights.items() if isinstance(v, torch.Tensor) and v.layout is torch.strided}
+    for name in slots & tensors.keys():
+        storage = tensors[str(name)].untyped_storage().data_ptr()
+        others = [k for k, v in tensors.items() if k != name and storage and v.untyped_storage().data_ptr() == storage]
+        if others:
+            raise ArtefactError(f"the carried tensor {name} shares memory with {others[0]}, which has no stored form",
+                                next_step="give the model a buffer of its own for it")  # fmt: skip
+
+
+# --- the plan: which kernel runs which nodes
+
+
+def _encode_plan(executable: Executable, tensors: dict[str, torch.Tensor]) -> tuple[Json, list[bytes]]:
+    """The regions in order and the distinct libraries; constants of kernels are added to `tensors`."""
+    nodes = [n for n in executable.program.graph.nodes if n.op != "output"]
+    place = {n: i for i, n in enumerate(nodes)}
+    libraries: list[bytes] = []
+    known: dict[int, int | None] = {}
+    regions = []
+    for number, choice in enumerate(executable.choices):
+        kernel, constants = choice.kernel, list[str]()
+        for constant in kernel.constants:
+            constants.append(f"constant:{number}:{len(constants)}")
+            tensors[constants[-1]] = constant
+        if id(kernel) not in known:
+            known[id(kernel)] = _library_index(kernel, libraries)
+        schedule = [kernel.schedule.name, encode_value(kernel.schedule.params)]
+        destinations = kernel.destinations
+        regions.append({
+            "nodes": [place[n] for n in choice.region.nodes], "backend": kernel.backend, "name": kernel.name,
+            "schedule": schedule, "library": known[id(kernel)], "constants": constants, "flops": int(kernel.flops),
+            "bytes": int(kernel.bytes), "seconds": encode_value(kernel.seconds),
+            "destinations": None if destinations is None else [_encode_destination(d) for d in destinations],
+        })  # fmt: skip
+    return {"regions": regions, "counts": dict(executable.counts)}, libraries
+
+
+def _encode_destination(destination: Destination) -> Json:
+    shape = [e if isinstance(e, int) else list(e) for e in destination.shape]
+    return [shape, str(destination.dtype).removeprefix("torch.")]
+
+
+def _library_index(kernel: Kernel, libraries: list[bytes]) -> int | None:
+    """Position of the kernel's library, added if it is new; None if the kernel cannot be exported."""
+    if kernel.library is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.so"
+        try:
+            kernel.library(str(path))
+            data = path.read_bytes()
+        except NO_KERNEL as error:
+            warnings.warn(f"the kernel {kernel.name} cannot be exported and will be compiled again on load: {error}",
+                          stacklevel=4)  # fmt: skip
+            return None
+    if data not in libraries:
+        libraries.append(data)
+    return libraries.index(data)
+
+
+@dataclass
+class _Loader:
+    """Makes the kernels of a stored plan and counts what had to be made anew."""
+
+    program: Program
+    host: Target
+    parts: Mapping[str, Part]
+    tensors: Mapping[str, torch.Tensor]
+    native: bool
+    counts: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+    _functions: dict[tuple[Any, str], Callable[..., Any]] = field(default_factory=dict)
+    _kernels: dict[tuple[str, str], Kernel] = field(default_factory=dict)
+
+    def choices(self, stored: Json) -> list[Choice]:
+        """A kernel for every stored region; together they must cover each call once."""
+        nodes = [n for n in self.program.graph.nodes if n.op != "output"]
+        found = []
+        for row in stored:
+            members = [nodes[i] for i in row["nodes"] if type(i) is int and 0 <= i < len(nodes)]
+            if not members or len(members) != len(row["nodes"]):
+                raise ValueError("a region names nodes that are not there")
+            region = Region.of(members)
+            found.append(Choice(region, self.kernel(region, row)))
+        covered = [n for c in found for n in c.region.nodes]
+        if sorted(covered) != [n for n in nodes if n.op == "call_function"]:
+            raise ValueError("the regions do not cover every call once")
+        return found
+
+    def kernel(self, region: Region, row: Json) -> Kernel:
+        """The kernel of one region: loaded, repacked or compiled again; eager where none of these is possible."""
+        schedule = Schedule(str(row["schedule"][0]), decode_value(row["schedule"][1]))
+        name, library = str(row["backend"]), row["library"]
+        kernel = None
+        if name == "onednn":
+            kernel = self._lowered(OnednnBackend(self.program.weights), region, schedule)
+        elif name == "tvm":
+            kernel = self._loaded(region, row, schedule) if library is not None and self.native else None
+            kernel = kernel or self._compiled(region, schedule)
+        elif name != "eager":
+            self.notes.append(f"no backend is called {name}: its regions run eagerly")
+        if kernel is None:
+            kernel = EagerBackend().lower(region, self.host, Schedule())
+            if name != "eager":
+                self.counts["eager fallbacks"] = self.counts.get("eager fallbacks", 0) + 1
+        seconds = decode_value(row["seconds"])
+        kernel.seconds = seconds if kernel.backend == name and isinstance(seconds, float) else None
+        return kernel
+
+    def _lowered(self, backend: Backend, region: Region, schedule: Schedule) -> Kernel | None:
+        reason = backend.supports(region, self.host)
+        if reason is None:
+            return backend.lower(region, self.host, schedule)
+        self.notes.append(f"{backend.name} does not take a region that it was saved with: {reason}")
+        return None
+
+    def _loaded(self, region: Region, row: Json, schedule: Schedule) -> Kernel | None:
+        data, name = self.parts[f"library:{row['library']}"].data, str(row["name"])
+        key = row["library"], name
+        if key not in self._functions:
+            try:
+                self._functions[key] = _load_function(data, name)
+            except NO_KERNEL as error:
+                self.notes.append(f"the compiled kernel {name} does not load: {_first_line(error)}")
+                return None
+        destinations = row["destinations"]
+        made = None if destinations is None else tuple(_destination(d, region) for d in destinations)
+        constants = tuple(self.tensors[c] for c in row["constants"])
+        return Kernel(
+            name, "tvm", self._functions[key], made, len(region.outputs), constants, schedule=schedule,
+            library=lambda path: write_atomically(Path(path), [data]), flops=int(row["flops"]), bytes=int(row["bytes"]),
+        )  # fmt: skip
+
+    def _compiled(self, region: Region, schedule: Schedule) -> Kernel | None:
+        """Equal regions share one kernel, unless weights are baked into it."""
+        key = region.digest(), repr(schedule)
+        if key in self._kernels:
+            return replace(self._kernels[key])
+        self.counts["recompilations"] = self.counts.get("recompilations", 0) + 1
+        try:
+            kernel = self._lowered(_tvm(), region, schedule)
+        except NO_KERNEL as error:
+            self.notes.append(f"a region of tvm runs eagerly: {_first_line(error)}")
+            return None
+        if kernel is not None and kernel.destinations is not None and not kernel.constants:
+            self._kernels[key] = kernel
+        return kernel
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _destination(stored: Json, region: Region) -> Destination:
+    shape: list[int | tuple[int, int]] = []
+    for extent in stored[0]:
+        position, dim = extent if isinstance(extent, list) else (0, extent)
+        if type(position) is not int or type(dim) is not int or dim < 0 or not 0 <= position < len(region.inputs):
+            raise ValueError(f"{str(extent)[:80]} is not a size")
+        shape.append((position, dim) if isinstance(extent, list) else dim)
+    return Destination(tuple(shape), DTYPES[stored[1]])
+
+
+def _tvm() -> Backend:
+    try:
+        from .tvm.backend import TvmBackend
+    except ImportError as error:
+        raise MissingPackageError(f"tvm cannot be imported: {error}", next_step="pip install apache-tvm") from error
+    return TvmBackend()
+
+
+def _rebuild(
+    facts: Mapping[str, Any], parts: Mapping[str, Part], native: bool, decode_report: Callable[..., Any] | None
+) -> Executable:
+    json_parts = {k: read_json(p.data, f"the part {k}") for k, p in parts.items() if p.kind == "json"}
+    tensors = decode_tensors(parts["weights"].data, json_parts["tensors"])
+    weights = {k.removeprefix("weight:"): v for k, v in tensors.items() if k.startswith("weight:")}
+    structure, plan = json_parts["structure"], json_parts["plan"]
+    specs = decode_structure(structure["in"], inputs=True), decode_structure(structure["out"], inputs=False)
+    program = decode_program(json_parts["graph"], weights, *specs)
+    host = targets.get("cpu")
+    foreign = _foreign(facts, host)
+    counts = {str(k): int(v) for k, v in plan["counts"].items()}
+    loader = _Loader(program, host, parts, tensors, native and foreign is None, counts)
+    choices = loader.choices(plan["regions"])
+    notes = list(dict.fromkeys(loader.notes))
+    if foreign is not None and any(row["library"] is not None for row in plan["regions"]):
+        notes.insert(0, f"saved {foreign}: its compiled kernels were compiled again here")
+    report = json_parts["report"]
+    if isinstance(report, dict):
+        if notes:
+            report["notes"] = [*report.get("notes", ()), *notes]
+        if counts != plan["counts"]:
+            report["counts"] = {**report.get("counts", {}), **counts}
+        report = decode_report(report) if decode_report is not None else report
+    result = Executable(program, choices, report=report)
+    result.counts = counts
+    return result
+
+
+def _foreign(facts: Mapping[str, Any], host: Target) -> str | None:
+    """What differs from the machine that compiled the kernels of a file, None if they run here as they are."""
+    made, here = facts["versions"], _versions()
+    if facts["target"]["fingerprint"] != targets.fingerprint(host):
+        return "on another CPU"
+    return next((f"with {k} {made[k]} (here: {here[k]})" for k in ("tvm", "system") if made[k] != here[k]), None)
+
+
+# --- compiled kernels on disk
+
+
+def _load_function(data: bytes, name: str) -> Callable[..., Any]:
+    """The function of a shared library, loaded from a private file whose content was just verified."""
+    from .tvm.build import load_library
+
+    with _library_file(data) as path:
+        return load_library(str(path), name)
+
+
+@contextmanager
+def _library_file(data: bytes) -> Iterator[Path]:
+    """A file with this content that only this user can write: in the cache folder, or else in a temporary one."""
+    digest = hashlib.sha256(data).hexdigest()
+    folder = _private_folder(platformdirs.user_cache_path("torchlathe", appauthor=False) / "kernels")
+    kept = None if folder is None else folder / f"{digest}.so"
+    if kept is not None and not _holds(kept, digest):
+        with suppress(OSError):
+            write_atomically(kept, [data])
+    if kept is not None and _holds(kept, digest):
+        yield kept
+        return
+    with tempfile.TemporaryDirectory() as temporary:  # a loaded library outlives its file
+        path = Path(temporary) / f"{digest}.so"
+        write_atomically(path, [data])
+        yield path
+
+
+def _private_folder(folder: Path) -> Path | None:
+    """The folder, made if needed, if it is a real one of this user's that nobody else can write; None otherwise."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.lstat()
+        if not stat.S_ISDIR(facts.st_mode) or (hasattr(os, "getuid") and facts.st_uid != os.getuid()):
+            return None
+        if facts.st_mode & 0o077:
+            folder.chmod(0o700)
+    except OSError:
+        return None
+    return folder
+
+
+def _holds(path: Path, digest: str) -> bool:
+    """Whether the path is a regular file with this content; a damaged one is reported once and then replaced."""
+    try:
+        file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    except OSError:
+        return False
+    with os.fdopen(file, "rb") as opened:
+        regular = stat.S_ISREG(os.fstat(file).st_mode)
+        good = regular and hashlib.sha256(opened.read()).hexdigest() == digest
+    if not good:
+        warnings.warn(f"the cached kernel {path} is damaged and is written again", stacklevel=3)
+    return good

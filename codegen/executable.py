@@ -1,0 +1,239 @@
+"""Executable: a flat list of kernel calls behind the model's own call signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..passes.errors import InputError
+from ..passes.program import Program
+from .base import Kernel
+from .guards import guard_source
+from .select import Choice
+from .source import Source, releases
+
+
+class Executable(torch.nn.Module):
+    """A compiled program that is called like the model it came from.
+
+    Calls check structure, dtypes, devices and shapes, then run one straight-line function: torch operators for eager
+    regions, compiled kernels for the others. Values die after their last use. All state of a call is local, so several
+    threads may call one executable (except where the model itself carries state).
+
+    Args:
+        program: the optimized program.
+        choices: a kernel for every region of the program, in order.
+        model: the original module; attributes that the executable lacks are looked up on it.
+        report: what the optimizer did.
+    """
+
+    def __init__(self, program: Program, choices: Sequence[Choice], *, model: Any = None, report: Any = None) -> None:
+        super().__init__()
+        self.program, self.choices, self.report = program, list(choices), report
+        self.counts: dict[str, int] = {"eager fallbacks": 0}
+        self.__dict__["_model"] = model
+        self._run, self.source = _assemble(program, self.choices)
+        self._leaves = _plain_structure(program)
+        self._unflatten = _result_builder(program)
+        self._slots = [(s.slot, s.output) for s in program.state]
+        self._entangled = _reads_slots(program)
+        self.eval()
+
+    def __getattr__(self, name: str) -> Any:
+        model = self.__dict__.get("_model")
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+        if model is None:
+            raise AttributeError(
+                f"this Executable has no attribute {name!r}: it was loaded from a file, or built without the original"
+                " module, so attributes of the model are not available"
+            )
+        return getattr(model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the compiled program. Takes and returns what the model's forward takes and returns.
+
+        Raises:
+            InputError: the call does not fit what was compiled; the message says what was compiled and what came.
+        """
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See `__call__`; module hooks are not run."""
+        return self._unflatten(self.run_flat(self._flatten(args, kwargs)))
+
+    def run_flat(self, flat: Sequence[Any]) -> Sequence[Any]:
+        """Run on flat inputs, write carried tensors back, return the flat results (carried tensors included)."""
+        grad = torch.is_grad_enabled()
+        if grad:
+            torch._C._set_grad_enabled(False)
+        try:
+            results = self._run(*flat)
+            if self._entangled:
+                results = _detached(results, self._entangled)
+            for slot, output in self._slots:
+                target = self.program.weights[slot] if isinstance(slot, str) else flat[slot]
+                target.copy_(results[output])
+        finally:
+            if grad:
+                torch._C._set_grad_enabled(True)
+        return results  # type: ignore[no-any-return]
+
+    def measured(self, flat: Sequence[Any]) -> Sequence[Any]:
+        """Run on flat inputs without writing carried tensors back: what timing calls, so that it changes nothing."""
+        with torch.no_grad():
+            return self._run(*flat)  # type: ignore[no-any-return]
+
+    def adopt(self, other: Executable) -> None:
+        """Run as `other` does from now on."""
+        self.choices, self._run, self.source = other.choices, other._run, other.source
+
+    def _flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
+        count, keywords = self._leaves
+        if count == len(args) and len(keywords) == len(kwargs):
+            if not kwargs:
+                return args
+            try:
+                return (*args, *(kwargs[k] for k in keywords))
+            except KeyError:
+                pass
+        flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+        if spec == self.program.in_spec:
+            return flat
+        return self._rebound(args, kwargs)
+
+    def _rebound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Inputs of a call that passes by position what was compiled by keyword, the other way round, or reordered."""
+        names = self.program.parameters
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        spec_args, spec_kwargs = self.program.in_spec.children()
+        wanted = len(spec_args.children())
+        order = [*names[:wanted], *(spec_kwargs.context or [])]
+        known = len(args) <= len(names) and len(given) == len(args) + len(kwargs)
+        if known and len(order) >= wanted and given.keys() >= set(order):
+            values = [given.pop(name) for name in order]
+            if all(v is None for v in given.values()):  # a default that was left out of the example call
+                ordered = dict(zip(order[wanted:], values[wanted:], strict=True))
+                flat, spec = pytree.tree_flatten((tuple(values[:wanted]), ordered))
+                if spec == self.program.in_spec:
+                    return flat
+        raise InputError(
+            f"compiled for a call with {_shape_of_call(self.program.in_spec)}, "
+            f"called with {_shape_of_call(pytree.tree_structure((args, dict(kwargs))))}",
+            next_step="call it as the example was, or optimize again with this call as the example",
+        )
+
+    def save(self, path: str) -> None:
+        """Write the artefact: one file with graph, weights, kernels, report and a checked manifest."""
+        from .cache import save
+
+        save(self, path)
+
+
+def _shape_of_call(spec: pytree.TreeSpec) -> str:
+    args, kwargs = spec.children()
+    keywords = ", ".join(map(str, kwargs.context or [])) or "none"
+    return f"{len(args.children())} positional arguments and keywords {keywords} ({spec.num_leaves} values in all)"
+
+
+def _plain_structure(program: Program) -> tuple[int, list[str]]:
+    """(number of positional leaves, keyword names) if every argument is a leaf; an impossible count otherwise."""
+    args, kwargs = program.in_spec.children()
+    if all(c.is_leaf() for c in (*args.children(), *kwargs.children())):
+        return len(args.children()), list(kwargs.context or [])
+    return -1, []
+
+
+def _result_builder(program: Program) -> Callable[[Sequence[Any]], Any]:
+    spec, count = program.out_spec, program.out_spec.num_leaves
+    if spec.is_leaf():
+        return lambda flat: flat[0]
+    if spec.type is tuple and all(c.is_leaf() for c in spec.children()):
+        return lambda flat: tuple(flat[:count])
+    return lambda flat: pytree.tree_unflatten(list(flat[:count]), spec)
+
+
+def _reads_slots(program: Program) -> list[int]:
+    """Positions of outputs that may be views of a carried tensor: writing that tensor back would change them."""
+    slots = {s.slot for s in program.state}
+    written = [n for n in program.graph.nodes if n.op == "get_attr" and n.target in slots]
+    written += [n for i, n in enumerate(program.inputs) if i in slots]
+    views = set(written)
+    for node in program.graph.nodes:
+        if node.op == "call_function" and node.args and node.args[0] in views and _may_alias(node.target):
+            views.add(node)
+    return [i for i, n in enumerate(program.outputs) if isinstance(n, fx.Node) and n in views]
+
+
+def _may_alias(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is None or "(a" in str(schema) or "view" in schema.name
+
+
+def _detached(results: Sequence[Any], positions: Sequence[int]) -> list[Any]:
+    found = list(results)
+    for position in positions:
+        found[position] = found[position].clone()
+    return found
+
+
+def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[..., Any], str]:
+    """One function over the flat inputs that guards them, calls every kernel in order and returns the flat outputs."""
+    source, names = Source(), dict[fx.Node, str]()
+    parameters = []
+    for node in program.inputs:
+        names[node] = f"v{len(names)}"
+        parameters.append(names[node])
+    guard_source(source, program, parameters)
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            names[node] = source.bind(program.weights[str(node.target)], "w")
+    outputs = [n for n in program.outputs if isinstance(n, fx.Node)]
+    steps = [(list(c.region.inputs), list(c.region.outputs)) for c in choices]
+    dead = releases(steps, [*outputs, *(n for n in names if n.op == "get_attr")])
+    for choice, done in zip(choices, dead, strict=True):
+        _emit(source, choice, names)
+        if done:
+            source.lines.append(f"del {', '.join(names[n] for n in done)}")
+    result = source.literal(tuple(program.outputs), names)
+    return source.build(parameters, result)
+
+
+def _emit(source: Source, choice: Choice, names: dict[fx.Node, str]) -> None:
+    region, kernel = choice.region, choice.kernel
+    if kernel.backend == "eager":
+        for node in region.nodes:
+            source.node(node, names)
+        inner = [names[n] for n in region.nodes if n not in region.outputs]
+        if inner:
+            source.lines.append(f"del {', '.join(inner)}")
+        return
+    made = []
+    for node in region.outputs:
+        names[node] = f"v{len(names)}"
+        made.append(names[node])
+    inputs = [names[n] for n in region.inputs] + [source.bind(c, "w") for c in kernel.constants]
+    if kernel.destinations is not None:
+        _emit_buffers(source, kernel, region.inputs, made, names)
+        source.lines.append(f"{source.bind(kernel.call, 'kernel')}({', '.join([*inputs, *made])})")
+    else:
+        source.lines.append(f"{', '.join(made)} = {source.bind(kernel.call, 'kernel')}({', '.join(inputs)})")
+
+
+def _emit_buffers(source: Source, kernel: Kernel, inputs: Sequence[fx.Node], made: Sequence[str],
+                  names: Mapping[fx.Node, str]) -> None:  # fmt: skip
+    empty = source.bind(torch.empty, "empty")
+    for name, destination in zip(made, kernel.destinations or (), strict=True):
+        extents = [str(e) if isinstance(e, int) else f"{names[inputs[e[0]]]}.shape[{e[1]}]" for e in destination.shape]
+        shape = f"({', '.join(extents)},)" if extents else "()"
+        if destination.dtype is torch.get_default_dtype():
+            source.lines.append(f"{name} = {empty}({shape})")
+        else:
+            source.lines.append(f"{name} = {empty}({shape}, dtype={source.bind(destination.dtype, 'dtype')})")

@@ -1,0 +1,71 @@
+"""Lower a program: which backends compete on a target, and the way from a Program to an Executable."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..passes.program import Program
+from ..targets.target import Target
+from .base import Backend, Schedule
+from .eager import EagerBackend
+from .executable import Executable
+from .onednn import OnednnBackend
+from .partition import partition
+from .select import Choice, select
+
+
+def backends(program: Program, target: Target) -> tuple[list[Backend], list[str]]:
+    """Backends that compete with eager on a target, in the order in which they claim nodes; notes on absent ones."""
+    found: list[Backend] = []
+    notes: list[str] = []
+    if target.device == "cpu":
+        found.append(OnednnBackend(program.weights))
+        if importlib.util.find_spec("tvm") is None:
+            notes.append("tvm is not installed: pointwise and row regions run eagerly (pip install apache-tvm)")
+        else:
+            from .tvm.backend import TvmBackend
+
+            found.append(TvmBackend())
+    return found, notes
+
+
+def lower(
+    program: Program,
+    target: Target,
+    inputs: Sequence[Any],
+    *,
+    budget: float = 0.1,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[list[Choice], list[str]]:
+    """The measured best kernel for each region of the program, and notes for the report.
+
+    Args:
+        inputs: flat example inputs, used for timing and for checking every kernel against eager.
+        budget: seconds of timing per distinct region.
+    """
+    rivals, notes = backends(program, target)
+    regions = partition(program, rivals, target)
+    return select(program, regions, rivals, target, inputs, budget=budget, progress=progress), notes
+
+
+def lower_unmeasured(program: Program, target: Target) -> list[Choice]:
+    """Kernels chosen without timing: prepacked linear and convolution where possible, eager elsewhere."""
+    rivals: list[Backend] = [OnednnBackend(program.weights)] if target.device == "cpu" else []
+    eager, choices = EagerBackend(), []
+    for region in partition(program, rivals, target):
+        backend = next((b for b in rivals if b.supports(region, target) is None), eager)
+        choices.append(Choice(region, backend.lower(region, target, next(iter(backend.space(region, target))))))
+    return choices
+
+
+def lower_eager(program: Program, target: Target) -> list[Choice]:
+    """Every node as torch runs it."""
+    eager = EagerBackend()
+    return [Choice(r, eager.lower(r, target, Schedule())) for r in partition(program, [], target)]
+
+
+def trial(program: Program, target: Target) -> Executable:
+    """An executable that is quick to build, for judging rewrites by their time."""
+    return Executable(program, lower_unmeasured(program, target))

@@ -1,0 +1,83 @@
+"""Partition: cut a program into convex regions that backends claim, and single nodes for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import networkx as nx
+from torch import fx
+
+from ..passes.program import Program
+from ..targets.target import Target
+from .base import Backend, Region
+
+
+def partition(program: Program, backends: Sequence[Backend], target: Target) -> list[Region]:
+    """Regions in an order in which they can run; every call of the program is in exactly one.
+
+    Backends are asked in the given order. Each grows clusters greedily along data flow: a node joins the clusters of
+    its producers as long as the backend supports the union and no value leaves the cluster and comes back. What no
+    backend claims becomes a region of one node.
+    """
+    cut = _Cut(program)
+    for backend in backends:
+        cut.claim(backend, target)
+    return cut.ordered()
+
+
+class _Cut:
+    """The clusters of a growing partition and the convexity test over their quotient graph."""
+
+    def __init__(self, program: Program) -> None:
+        self.calls = [n for n in program.graph.nodes if n.op == "call_function"]
+        self.position = {n: i for i, n in enumerate(self.calls)}
+        self.cluster: dict[fx.Node, list[fx.Node]] = {n: [n] for n in self.calls}
+        self.owner: dict[fx.Node, str] = {}
+
+    def claim(self, backend: Backend, target: Target) -> None:
+        """Grow the backend's clusters over the nodes that nobody has claimed yet."""
+        for node in self.calls:
+            if node in self.owner:
+                continue
+            alone = backend.supports(Region.of([node]), target) is None
+            if alone:
+                self.owner[node] = backend.name
+            for source in node.all_input_nodes:
+                mine = self.owner.get(source) == backend.name and self.cluster[source] is not self.cluster[node]
+                if mine and (alone or node not in self.owner or self.owner[node] == backend.name):
+                    union = sorted([*self.cluster[source], *self.cluster[node]], key=self.position.__getitem__)
+                    if backend.supports(Region.of(union), target) is None and self._convex(union):
+                        self.owner[node] = backend.name
+                        for member in union:
+                            self.cluster[member] = union
+
+    def _convex(self, union: Sequence[fx.Node]) -> bool:
+        """Whether merging leaves the quotient graph acyclic: no way out of the union leads back into it."""
+        members = set(union)
+        first = self.position[union[0]]
+        stack = [s for n in union for s in n.all_input_nodes if s in self.position and s not in members]
+        seen: set[int] = set()
+        while stack:
+            group = self.cluster[stack.pop()]
+            if id(group) in seen or self.position[group[-1]] < first:
+                continue
+            seen.add(id(group))
+            for node in group:
+                for source in node.all_input_nodes:
+                    if source in members:
+                        return False
+                    if source in self.position:
+                        stack.append(source)
+        return True
+
+    def ordered(self) -> list[Region]:
+        """The clusters as regions, topologically sorted, close to the program's own order."""
+        quotient: nx.DiGraph[int] = nx.DiGraph()
+        groups = {self.position[g[0]]: g for g in self.cluster.values()}
+        quotient.add_nodes_from(groups)
+        for key, group in groups.items():
+            for node in group:
+                for source in node.all_input_nodes:
+                    if source in self.position and (origin := self.position[self.cluster[source][0]]) != key:
+                        quotient.add_edge(origin, key)
+        return [Region.of(groups[key]) for key in nx.lexicographical_topological_sort(quotient)]

@@ -1,0 +1,174 @@
+"""Compiling TIR to native functions, saving and loading them, and running their threads on torch's own pool.
+
+TVM and torch (OpenMP) each keep a pool of spinning threads; on few cores they starve each other. Compiled TVM code
+starts its threads through a pointer in its own library, ``__TVMBackendParallelLaunch``. A launcher written in LLVM
+IR takes its place and runs the tasks with ``GOMP_parallel`` of the OpenMP runtime that torch has loaded: one pool for
+both, the thread count of ``torch.set_num_threads``, and 1 us instead of 5 us per launch. Where no GNU-compatible
+OpenMP runtime is loaded the pointer is left alone and TVM's own pool runs the tasks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import tirx
+
+from ...targets.target import Target
+
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
+SETTER = "set_launcher"
+
+# args points at 16-byte tagged values: the payload of value k lies at 16 k + 8; an int result has tag 1
+LAUNCHER = """
+%job = type { ptr, ptr }
+%environment = type { ptr, i32 }
+@openmp = internal global [4 x ptr] zeroinitializer
+
+define internal void @task(ptr %job) {
+  %data.at = getelementptr %job, ptr %job, i32 0, i32 1
+  %body = load ptr, ptr %job
+  %data = load ptr, ptr %data.at
+  %number.at = getelementptr [4 x ptr], ptr @openmp, i32 0, i32 1
+  %count.at = getelementptr [4 x ptr], ptr @openmp, i32 0, i32 2
+  %number.of = load ptr, ptr %number.at
+  %count.of = load ptr, ptr %count.at
+  %number = call i32 %number.of()
+  %count = call i32 %count.of()
+  %env = alloca %environment
+  %env.count = getelementptr %environment, ptr %env, i32 0, i32 1
+  store ptr null, ptr %env
+  store i32 %count, ptr %env.count
+  %status = call i32 %body(i32 %number, ptr %env, ptr %data)
+  ret void
+}
+
+define internal i32 @launch(ptr %body, ptr %data, i32 %wanted) {
+  %job = alloca %job
+  %data.at = getelementptr %job, ptr %job, i32 0, i32 1
+  store ptr %body, ptr %job
+  store ptr %data, ptr %data.at
+  %parallel = load ptr, ptr @openmp
+  %max.at = getelementptr [4 x ptr], ptr @openmp, i32 0, i32 3
+  %max.of = load ptr, ptr %max.at
+  %max = call i32 %max.of()
+  %all = icmp eq i32 %wanted, 0
+  %count = select i1 %all, i32 %max, i32 %wanted
+  call void %parallel(ptr @task, ptr %job, i32 %count, i32 0)
+  ret i32 0
+}
+
+define i32 @__tvm_ffi_launcher(ptr %self, ptr %args, i32 %count, ptr %result) {
+  %from.0 = getelementptr i8, ptr %args, i64 8
+  %from.1 = getelementptr i8, ptr %args, i64 24
+  %from.2 = getelementptr i8, ptr %args, i64 40
+  %from.3 = getelementptr i8, ptr %args, i64 56
+  %value.0 = load ptr, ptr %from.0
+  %value.1 = load ptr, ptr %from.1
+  %value.2 = load ptr, ptr %from.2
+  %value.3 = load ptr, ptr %from.3
+  %to.1 = getelementptr [4 x ptr], ptr @openmp, i32 0, i32 1
+  %to.2 = getelementptr [4 x ptr], ptr @openmp, i32 0, i32 2
+  %to.3 = getelementptr [4 x ptr], ptr @openmp, i32 0, i32 3
+  store ptr %value.0, ptr @openmp
+  store ptr %value.1, ptr %to.1
+  store ptr %value.2, ptr %to.2
+  store ptr %value.3, ptr %to.3
+  %payload = getelementptr i8, ptr %result, i64 8
+  store i32 1, ptr %result
+  store ptr @launch, ptr %payload
+  ret i32 0
+}
+"""
+STORE = """
+@__TVMBackendParallelLaunch = external global ptr
+define i32 @lathe_store_launcher(ptr %launcher) {
+  store ptr %launcher, ptr @__TVMBackendParallelLaunch
+  ret i32 0
+}
+"""
+
+
+def host(target: Target) -> Any:
+    """The TVM target of a CPU."""
+    mcpu = target.mcpu or tvm.target.codegen.llvm_get_system_cpu()
+    return tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "num-cores": max(1, target.cores)})
+
+
+def compile_function(func: Any, target: Any) -> Any:
+    """Compile a PrimFunc; the module also holds a function that sets its thread launcher."""
+    name = str(func.attrs["global_symbol"])
+    pointer = tirx.Var("launcher", "handle")
+    call = tirx.Evaluate(tirx.call_extern("int32", "lathe_store_launcher", pointer))
+    pragma = tirx.AttrStmt(tvm.ir.StringImm("launcher"), "pragma_import_llvm", tvm.ir.StringImm(STORE), call)
+    setter = tirx.PrimFunc([pointer], pragma).with_attr("global_symbol", SETTER)
+    return native(tvm.IRModule({name: func, SETTER: setter}), target)
+
+
+def native(functions: Any, target: Any) -> Any:
+    """Lower and compile an IRModule of explicit loops and vectors.
+
+    TVM's default passes are for schedules still to be lowered; their simplifier also copies every bound value into its
+    uses, which takes exponential time on straight-line code. Here only what code generation needs is run.
+    """
+    passes = tirx.transform
+    steps = (
+        passes.BindTarget(target.with_host(target)), passes.FlattenBuffer(), passes.VerifyMemory(),
+        passes.AnnotateEntryFunc(), passes.SplitHostDevice(), passes.MakePackedAPI(), passes.LowerTVMBuiltin(),
+        passes.LowerIntrin(),
+    )  # fmt: skip
+    return tvm.get_global_func("target.build.llvm")(tvm.ir.transform.Sequential(list(steps))(functions), target)
+
+
+def entry(module: Any, name: str) -> Callable[..., None]:
+    """The function of a compiled or loaded module, its threads on torch's pool."""
+    address = launcher()
+    if address is not None:
+        module[SETTER](ctypes.c_void_p(address))
+    found: Callable[..., None] = module[name]
+    return found
+
+
+def load_library(path: str, name: str) -> Callable[..., None]:
+    """A function of a library written by `Kernel.library`; compiles no kernel."""
+    return entry(tvm.runtime.load_module(str(path)), name)
+
+
+@functools.cache
+def launcher() -> int | None:
+    """Address of the launcher on torch's OpenMP pool, None if there is no such pool in this process."""
+    openmp = _openmp()
+    if openmp is None:
+        return None
+    addresses = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p).value for name in OPENMP]
+    probe = tirx.PrimFunc([], tirx.Evaluate(tirx.IntImm("int32", 0))).with_attr("global_symbol", "probe")
+    lines = native(tvm.IRModule({"probe": probe}), tvm.target.Target("llvm")).inspect_source("ll").splitlines()
+    layout = "\n".join(line for line in lines if line.startswith("target "))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "launcher.ll"
+        path.write_text(layout + LAUNCHER)
+        module = tvm.runtime.load_module(str(path))
+        function = module["launcher"]
+    address = int(function(*addresses))
+    _KEEP.append(module)
+    return address
+
+
+_KEEP: list[Any] = []
+
+
+def _openmp() -> Any:
+    import torch
+
+    folder = Path(torch.__file__).parent
+    candidates = [*(folder / "lib").glob("libgomp*.so*"), *(folder.parent / "torch.libs").glob("libgomp*.so*")]
+    for path in (None, *map(str, candidates)):
+        library = ctypes.CDLL(path)
+        if all(hasattr(library, name) for name in OPENMP):
+            return library
+    return None

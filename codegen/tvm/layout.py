@@ -1,0 +1,133 @@
+"""Where the elements of a region's tensors lie: sizes and strides as TIR expressions over as few dimensions as possible."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import tvm
+from tvm import tirx
+
+from .values import Extent, Unsupported, Value
+
+STORED = {torch.bfloat16: "uint16", torch.bool: "int8"}  # how the kernel itself reads and writes these
+OPEN = 1 << 40  # extent of the flat views: their bounds are those of the checked parameter
+
+
+def expression(extent: Extent) -> sympy.Expr:
+    """A size or stride as a sympy expression; adds no guard."""
+    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
+
+
+def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two expressions are the same polynomial."""
+    return bool(sympy.expand(a - b) == 0)
+
+
+def contiguous(tensor: torch.Tensor) -> bool:
+    """Whether the (fake) tensor is contiguous for all values of its symbols; dimensions of size one do not count."""
+    expected: sympy.Expr = sympy.Integer(1)
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if expression(size) != 1 and not equal(expression(stride), expected):
+            return False
+        expected = expected * expression(size)
+    return True
+
+
+@dataclass
+class Sizes:
+    """TIR variables for symbolic sizes: plain symbols are shared, other expressions get a variable of their own."""
+
+    variables: dict[sympy.Expr, Any] = field(default_factory=dict)
+
+    def bind(self, extent: Extent) -> Any:
+        """The size of a parameter's dimension: it defines its variable."""
+        expr = expression(extent)
+        if expr.is_Integer:
+            return tirx.IntImm("int64", int(expr))
+        if expr not in self.variables:
+            self.variables[expr] = tirx.Var(f"n{len(self.variables)}", "int64")
+        return self.variables[expr]
+
+    def tir(self, expr: sympy.Expr) -> Any:
+        """A size or stride computed from the bound variables. Raises Unsupported when a symbol has no variable."""
+        if expr.is_Integer:
+            return tirx.IntImm("int64", int(expr))
+        if expr in self.variables:
+            return self.variables[expr]
+        if expr.is_Add or expr.is_Mul:
+            result = self.tir(expr.args[0])
+            for part in expr.args[1:]:
+                result = result + self.tir(part) if expr.is_Add else result * self.tir(part)
+            return result
+        if expr.is_Pow and expr.exp.is_Integer and 0 < int(expr.exp) < 8:
+            return self.tir(expr.base) * self.tir(expr.base ** (expr.exp - 1))
+        raise Unsupported(f"the size {expr} is not the size of an input")
+
+
+@dataclass
+class Access:
+    """How one value of the row program walks through one buffer: a stride per dimension of the space."""
+
+    buffer: int
+    strides: list[sympy.Expr]
+    shift: sympy.Expr
+
+
+def access_of(value: Value, tensors: Sequence[torch.Tensor], rank: int) -> Access:
+    """The access of a load."""
+    position, coords = value.attr
+    strides: list[sympy.Expr] = [sympy.Integer(0)] * rank
+    shift: sympy.Expr = sympy.Integer(0)
+    for stride, coordinate in zip(tensors[position].stride(), coords, strict=True):
+        if coordinate is not None:
+            what, number = coordinate
+            dim = rank - 1 if what == "column" else number
+            strides[dim] = strides[dim] + expression(stride)
+            shift = shift + expression(stride) * (number if what == "column" else 0)
+    return Access(position, strides, shift)
+
+
+def merge(extents: list[sympy.Expr], accesses: Sequence[Access], columns_too: bool) -> list[sympy.Expr]:
+    """Merge neighbouring dimensions that every access walks as one; returns the new extents, edits the accesses.
+
+    The last dimension is left alone unless `columns_too`. Static dimensions of size one are dropped.
+    """
+    extents = list(extents)
+    for dim in reversed(range(len(extents) - 1)):
+        if extents[dim] == 1:
+            inner = False
+        else:
+            last = dim + 1 == len(extents) - 1
+            if last and not columns_too:
+                continue
+            inner = all(equal(a.strides[dim], a.strides[dim + 1] * extents[dim + 1]) for a in accesses)
+            if not inner:
+                continue
+        if inner:
+            extents[dim + 1] = extents[dim] * extents[dim + 1]
+        del extents[dim]
+        for a in accesses:
+            del a.strides[dim]
+    return extents
+
+
+def parameter(name: str, tensor: torch.Tensor, sizes: Sizes) -> Any:
+    """The checked buffer of a tensor that the caller passes. Unaligned storage offsets are allowed."""
+    shape = [sizes.bind(s) for s in tensor.shape]
+    strides = None
+    if not contiguous(tensor):
+        # a dimension of size one may come with any stride
+        strides = [tirx.Var(f"{name}_s{k}", "int64") if expression(n) == 1 else sizes.tir(expression(s))
+                   for k, (n, s) in enumerate(zip(tensor.shape, tensor.stride(), strict=True))]  # fmt: skip
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return tirx.decl_buffer(shape, dtype, name, strides=strides, data_alignment=tensor.element_size())
+
+
+def flat(name: str, buffer: Any, dtype: torch.dtype) -> Any:
+    """A one-dimensional view of a parameter, in the type in which the kernel reads it."""
+    stored = STORED.get(dtype, str(dtype).removeprefix("torch."))
+    return tirx.decl_buffer((OPEN,), stored, name, data=buffer.data, data_alignment=dtype.itemsize)

@@ -1,0 +1,191 @@
+"""Turns a region into a row program with its layout, or says why it has none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..base import Region
+from .layout import Access, Sizes, access_of, contiguous, expression, merge
+from .rules import RULES, name_of, read
+from .values import KINDS, Builder, Extent, Unsupported, Value, same, shape
+
+REDUCING = {"mean", "sum", "amax", "amin", "var", "layer_norm", "rms_norm",
+            "softmax", "_softmax", "log_softmax", "_log_softmax"}  # fmt: skip
+CHUNK = 4096  # columns of one task when rows were merged into one long row
+
+
+@dataclass
+class Output:
+    """One result: its value, whether it has one element per row only, and where it goes."""
+
+    value: Value
+    per_row: bool
+    access: Access
+
+
+@dataclass
+class Plan:
+    """Everything that emission needs.
+
+    Attributes:
+        tensors: fake tensors of the parameters, inputs before outputs.
+        outputs: one per region output.
+        loads: the access of every load.
+        reductions: reductions by the stage of their operand.
+        segments: column ranges inside which every cat reads one part (empty: the columns are not static).
+        extents: sizes of the merged space, columns last.
+    """
+
+    tensors: list[torch.Tensor]
+    outputs: list[Output]
+    loads: dict[Value, Access]
+    reductions: dict[int, list[Value]]
+    segments: list[tuple[int, int]]
+    extents: list[sympy.Expr]
+
+    @property
+    def stages(self) -> int:
+        """Number of passes over a row."""
+        last = max([o.value.stage for o in self.outputs if not o.per_row], default=0)
+        return max([last, *self.reductions]) + 1
+
+    @property
+    def weight(self) -> int:
+        """Rough number of vector instructions per vector of columns."""
+        roots = [o.value for o in self.outputs] + [v.args[0] for group in self.reductions.values() for v in group]
+        return sum(2 + v.cost for v in roots)
+
+
+def reason_against(node: fx.Node) -> str | None:
+    """Why a node cannot be part of any region, judged alone."""
+    name = name_of(node)
+    if name not in RULES:
+        return f"{node.target} has no rule"
+    for n in (node, *node.all_input_nodes):
+        value = n.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            return f"{n.name} is not a dense tensor"
+        if value.device.type != "cpu" or value.dtype not in KINDS:
+            return f"{n.name} is {value.dtype} on {value.device}"
+    if name in REDUCING and not isinstance(node.all_input_nodes[0].meta["val"].shape[-1:][0], int):
+        return "a reduction over a dimension of symbolic size"
+    return None
+
+
+def make(region: Region) -> Plan:
+    """The plan of a region. Raises Unsupported with the reason."""
+    for node in region.nodes:
+        if (reason := reason_against(node)) is not None:
+            raise Unsupported(reason)
+    space = _space(region)
+    if any(isinstance(e, int) and e == 0 for e in space):
+        raise Unsupported("a region without elements")
+    build, members, memo = Builder(region, space), set(region.nodes), dict[Any, Value]()
+    tensors = [n.meta["val"] for n in (*region.inputs, *region.outputs)]
+    outputs = []
+    for k, node in enumerate(region.outputs):
+        at, per_row = build.identity(), False
+        if not _equal(shape(node), space):
+            per_row, at = True, (*at[:-1], None)
+            if _equal(shape(node), space[:-1]):
+                at = at[:-1]
+            elif not _equal(shape(node), (*space[:-1], 1)):
+                raise Unsupported(f"the output {node.name} has another shape than the region")
+        if not contiguous(node.meta["val"]):
+            raise Unsupported(f"the output {node.name} is not contiguous")
+        value = read(build, members, memo, node, at)
+        if per_row and value.vary:
+            raise Unsupported(f"the output {node.name} takes one column of a row")
+        outputs.append(Output(value, per_row, _output_access(len(region.inputs) + k, space, per_row)))
+    return _finish(space, tensors, outputs)
+
+
+def _space(region: Region) -> tuple[Extent, ...]:
+    for node in region.nodes:
+        if name_of(node) in REDUCING:
+            return shape(node.all_input_nodes[0])
+    space = shape(region.outputs[0])
+    if not space:
+        raise Unsupported("a region of scalars")
+    return space
+
+
+def _equal(a: Iterable[Extent], b: Iterable[Extent]) -> bool:
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(map(same, a, b))
+
+
+def _output_access(position: int, space: tuple[Extent, ...], per_row: bool) -> Access:
+    strides: list[sympy.Expr] = []
+    step: sympy.Expr = sympy.Integer(1)
+    for k, extent in enumerate(reversed(space)):
+        if k == 0 and per_row:
+            strides.append(sympy.Integer(0))
+            continue
+        strides.append(step)
+        step = step * expression(extent)
+    return Access(position, strides[::-1], sympy.Integer(0))
+
+
+def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: list[Output]) -> Plan:
+    reached = _reach([o.value for o in outputs])
+    loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}
+    reductions: dict[int, list[Value]] = {}
+    for v in reached:
+        if v.op == "reduce":
+            reductions.setdefault(v.args[0].stage, []).append(v)
+    cuts = {bound for v in reached if v.op == "cat" for bound in v.attr}
+    shifted = any(a.shift != 0 for a in loads.values())
+    accesses = [*loads.values(), *(o.access for o in outputs)]
+    rigid = bool(reductions or cuts or shifted or any(o.per_row for o in outputs))
+    extents = merge([expression(e) for e in space], accesses, columns_too=not rigid)
+    if not rigid:
+        extents = _chunk(extents, accesses)
+    segments: list[tuple[int, int]] = []
+    if extents[-1].is_Integer:
+        columns = int(extents[-1])
+        edges = sorted({0, columns, *(c for c in cuts if 0 < c < columns)})
+        segments = list(zip(edges[:-1], edges[1:], strict=True))
+    elif rigid:
+        raise Unsupported("the last dimension has a symbolic size")
+    return Plan(tensors, outputs, loads, reductions, segments, extents)
+
+
+def _chunk(extents: list[sympy.Expr], accesses: list[Access]) -> list[sympy.Expr]:
+    """Cut a long static row into equal rows of at most CHUNK columns, so that threads can share it."""
+    if not extents[-1].is_Integer or int(extents[-1]) <= CHUNK:
+        return extents
+    columns = int(extents[-1])
+    size = next((g * k for g in (64, 16) if columns % g == 0 for k in range(CHUNK // g, 0, -1)
+                 if columns // g % k == 0 and g * k >= 256), 0)  # fmt: skip
+    if not size:
+        return extents
+    for a in accesses:
+        a.strides.insert(-1, a.strides[-1] * size)
+    return [*extents[:-1], sympy.Integer(columns // size), sympy.Integer(size)]
+
+
+def _reach(roots: list[Value]) -> list[Value]:
+    """All values that the roots need, in a fixed order."""
+    seen: dict[Value, None] = {}
+    stack = list(reversed(roots))
+    while stack:
+        v = stack.pop()
+        if v not in seen:
+            seen[v] = None
+            stack.extend(reversed(v.args))
+    return list(seen)
+
+
+def elements(plan: Plan) -> int | None:
+    """Number of elements of the space, None if symbolic."""
+    if all(e.is_Integer for e in plan.extents):
+        return math.prod(int(e) for e in plan.extents)
+    return None

@@ -1,0 +1,210 @@
+"""The front door: `optimize` and `explain`."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .. import __version__, targets
+from .. import passes as P
+from ..codegen.executable import Executable
+from ..codegen.lower import lower, lower_eager
+from ..passes.base import Context, Pass
+from ..passes.capture import capture
+from ..passes.errors import InputError, LatheError, UnknownNameError
+from ..passes.program import Program
+from ..targets.measure import compare
+from ..targets.target import Target
+from .judge import Judge
+from .kernels import kernel_rows
+from .pipeline import PASSES, run_passes
+from .quality import Quality, agreement
+from .report import Report
+
+Progress = Callable[[str], None]
+
+
+def optimize(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | Target = "cpu",
+    passes: Sequence[str | Pass] | None = None,
+    data: Sequence[Any] | None = None,
+    quality: Quality | None = None,
+    dynamic_shapes: Any = None,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> Executable:
+    """A faster drop-in for `model` on `target`, with a report of what was done.
+
+    Args:
+        model: a module in eval mode, or an ExportedProgram.
+        args: example positional inputs; shapes are fixed to theirs unless `dynamic_shapes` says otherwise.
+        kwargs: example keyword inputs.
+        target: name of a target that this host can run, or a Target.
+        passes: apply exactly these, in this order (instances or names); None applies the standard list.
+        data: calibration batches, each a tuple of positional inputs; the report states the agreement on them.
+        quality: budget for lossy passes; exact passes never need it.
+        dynamic_shapes: as in `torch.export.export`.
+        limit: stop after this many kept rewrites.
+        progress: called with a short sentence at each step.
+
+    Raises:
+        CaptureError: the model cannot be captured as one graph.
+        UnknownNameError: no pass or target of that name.
+    """
+    start, tell = time.perf_counter(), progress or (lambda sentence: None)
+    chosen = _runnable(target)
+    rewrites = PASSES if passes is None else tuple(find_pass(p) for p in passes)
+    tell("capture")
+    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
+    original = model if isinstance(model, torch.nn.Module) else None
+    result = compile_program(program, flat, chosen, rewrites, original=original, data=data, quality=quality,
+                             limit=limit, progress=tell)  # fmt: skip
+    report = result.report
+    report.model = type(model).__name__
+    if original is not None and not program.state:
+        _compare_with_model(result, original, args, kwargs or {}, tell)
+    report.took = time.perf_counter() - start
+    return result
+
+
+def compile_program(
+    program: Program,
+    flat: Sequence[Any],
+    target: Target,
+    passes: Sequence[Pass],
+    *,
+    original: Any = None,
+    data: Sequence[Any] | None = None,
+    quality: Quality | None = None,
+    limit: int | None = None,
+    timed: bool = True,
+    progress: Progress | None = None,
+) -> Executable:
+    """Rewrite and lower a captured program; the part that both doors share.
+
+    Args:
+        flat: flat example inputs of the program.
+        original: the module whose attributes the executable passes through.
+        timed: judge rewrites by time as well as by answers.
+    """
+    before = program.text()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wanted = program.run(flat)
+    ctx = Context(target, data=data, quality=quality)
+    best, steps = run_passes(program, passes, ctx, Judge(flat, wanted, timed=timed), limit=limit, progress=progress)
+    choices, notes = lower(best, target, flat, progress=progress)
+    report = Report(model="", target=target.name, device=_device(target), steps=steps, notes=notes)
+    report.graph_before, report.graph_after = before, best.text()
+    report.versions = _versions()
+    result = Executable(best, choices, model=original, report=report)
+    report.kernels = kernel_rows(choices)
+    report.counts = result.counts
+    if data is not None:
+        found = [(best.run(b), program.run(b)) for b in map(pytree.tree_leaves, data)]
+        score = sum(agreement(a, b) for a, b in found) / max(len(found), 1)
+        notes.append(f"agreement with the original on {len(found)} batches: {score:.6f}")
+    return result
+
+
+def explain(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str | Target = "cpu",
+    passes: Sequence[str | Pass] | None = None,
+    dynamic_shapes: Any = None,
+) -> Report:
+    """A dry run: which passes would fire, at how many sites, and why the others would not. Nothing is timed."""
+    start = time.perf_counter()
+    chosen = target if isinstance(target, Target) else find_target(target)
+    rewrites = PASSES if passes is None else tuple(find_pass(p) for p in passes)
+    program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
+    with torch.no_grad():
+        judge = Judge(flat, program.run(flat), timed=False)
+    best, steps = run_passes(program, rewrites, Context(chosen), judge)
+    return Report(type(model).__name__, chosen.name, _device(chosen), steps, graph_before=program.text(),
+                  graph_after=best.text(), took=time.perf_counter() - start, versions=_versions())  # fmt: skip
+
+
+def find_pass(wanted: str | Pass) -> Pass:
+    """A pass instance from an instance or a text name. Raises UnknownNameError with near matches."""
+    if isinstance(wanted, Pass):
+        return wanted
+    known = {getattr(P, name).name: getattr(P, name) for name in P.PASSES}
+    if wanted not in known:
+        near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.4) or sorted(known)
+        raise UnknownNameError(f"no pass is called {wanted!r}; near: {', '.join(near)}")
+    return known[wanted]()  # type: ignore[no-any-return]
+
+
+def find_target(name: str) -> Target:
+    """The target of that name. Raises UnknownNameError with near matches, LatheError if the device is not there."""
+    try:
+        return targets.get(name)
+    except targets.UnknownTargetError as error:
+        raise UnknownNameError(str(error)) from error
+    except targets.NoDeviceError as error:
+        raise LatheError(str(error)) from error
+
+
+def _runnable(target: str | Target) -> Target:
+    chosen = target if isinstance(target, Target) else find_target(target)
+    host = targets.get("cpu")
+    if chosen.device != "cpu" or not chosen.features <= host.features:
+        raise LatheError(
+            f"the target {chosen.name} cannot run on this host, and a rewrite is only kept if it is measured",
+            next_step="use target='cpu' here; explain() works for every target",
+        )
+    return chosen
+
+
+def _compare_with_model(result: Executable, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
+                        tell: Progress) -> None:  # fmt: skip
+    """Time the executable against the model as the user calls it; fall back to plain calls if that is faster."""
+    tell("compare with the original model")
+    report = result.report
+    with torch.no_grad():
+        seen = compare(lambda: model(*args, **kwargs), lambda: result(*args, **kwargs), budget=1.5)
+        if seen.slower:
+            plain = Executable(result.program, lower_eager(result.program, _runnable(report.target)))
+            second = compare(lambda: result(*args, **kwargs), lambda: plain(*args, **kwargs), budget=1.0)
+            if second.faster:
+                result.adopt(plain)
+                report.kernels = []
+                report.notes.append("compiled kernels lost against plain operators in the whole model and are not used")
+                seen = compare(lambda: model(*args, **kwargs), lambda: result(*args, **kwargs), budget=1.5)
+    report.eager_seconds, report.seconds = seen.a.median, seen.b.median
+    report.ratio, report.ratio_low, report.ratio_high = 1 / seen.ratio, 1 / seen.high, 1 / seen.low
+    if seen.slower:
+        report.notes.append("slower than the original model: this model is better left as it is")
+
+
+def _example_of(model: Any) -> list[Any]:
+    example = getattr(model, "example_inputs", None)
+    if example is None:
+        if isinstance(model, torch.export.ExportedProgram):
+            raise InputError("the ExportedProgram carries no example inputs", next_step="pass args and kwargs")
+        return []
+    return pytree.tree_leaves(example)
+
+
+def _device(target: Target) -> str:
+    return f"{target.vendor}, {target.cores} cores, {target.vector_bits}-bit vectors"
+
+
+def _versions() -> dict[str, str]:
+    return {"torchlathe": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,142 @@
+"""The torch.compile door: `torch.compile(model, backend="torchlathe")`, registered as an entry point."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .. import targets
+from ..codegen.executable import Executable
+from ..passes.capture import capture_graph
+from ..passes.errors import LatheError
+from ..passes.program import Program
+from .api import compile_program
+from .pipeline import PASSES
+
+log = logging.getLogger("torchlathe")
+
+VARIANTS = 8  # executables per graph, for modules that share one graph with different parameters
+
+
+def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+    """Compile one dynamo graph for inference.
+
+    A graph that needs gradients runs unchanged. Parameters and buffers count as constants while they are the very
+    tensors that were compiled, unmodified; any other tensors in their place get an executable of their own. Writes
+    through ``parameter.data`` in place leave no trace that could be checked: compile after such an update.
+
+    Args:
+        module: the graph; its parameters are inputs.
+        example_inputs: tensors and SymInts.
+        options: `timed` (default False) judges rewrites by time as well as by answers.
+    """
+    tensors = [i for i in example_inputs if isinstance(i, torch.Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return module.forward
+    if any(t.device.type != "cpu" for t in tensors):
+        log.warning("torchlathe compiles CPU graphs only so far: this graph runs unchanged")
+        return module.forward
+    door = _Door(module, bool(options.get("timed", False)))
+    try:
+        door.compile(example_inputs)
+    except LatheError as error:
+        log.warning("torchlathe leaves a graph as it is: %s", error)
+        return module.forward
+    return door
+
+
+Constant = tuple[torch.Tensor, int, int]  # a tensor with its version and address when it was compiled
+
+
+class _Door:
+    """One dynamo graph and its executables, one per set of constant tensors."""
+
+    def __init__(self, module: fx.GraphModule, timed: bool) -> None:
+        self.module, self.timed = module, timed
+        self.static: tuple[int, ...] = ()
+        self.dynamic: tuple[int, ...] = ()
+        self.variants: list[tuple[tuple[Constant, ...], Executable]] = []
+        self.lock = threading.Lock()
+
+    def compile(self, inputs: Sequence[Any]) -> Executable:
+        """Capture the graph, make its parameters constants, optimize and lower it for these inputs."""
+        program = capture_graph(self.module, inputs)
+        mutated = {s.slot for s in program.state}
+        static = [i for i, v in enumerate(inputs) if _is_static(v) and i not in mutated]
+        program = _bind(program, {i: inputs[i] for i in static})
+        self.static = tuple(static)
+        self.dynamic = tuple(i for i in range(len(inputs)) if i not in set(static))
+        flat = [_concrete(inputs[i]) for i in self.dynamic]
+        executable = compile_program(program, flat, targets.get("cpu"), PASSES, timed=self.timed)
+        known = tuple((inputs[i], inputs[i]._version, inputs[i].data_ptr()) for i in self.static)
+        self.variants.insert(0, (known, executable))
+        return executable
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the executable that was compiled for these very parameters."""
+        for known, executable in self.variants:
+            for index, (tensor, version, address) in zip(self.static, known, strict=True):
+                if inputs[index] is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                    break
+            else:
+                results = executable.run_flat([inputs[i] for i in self.dynamic])
+                return list(results[: executable.program.out_spec.num_leaves])
+        return self._other(inputs)
+
+    def _other(self, inputs: Sequence[Any]) -> Any:
+        """Parameters that were replaced or written since: compile again, or run unchanged if that never ends."""
+        with self.lock:
+            alive = [v for v in self.variants if all(t._version == n and t.data_ptr() == a for t, n, a in v[0])]
+            self.variants = alive
+            if len(alive) >= VARIANTS or (
+                torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs)
+            ):
+                return self.module.forward(*inputs)
+            executable = self.compile(inputs)
+        return list(executable.run_flat([inputs[i] for i in self.dynamic])[: executable.program.out_spec.num_leaves])
+
+
+def _is_static(value: Any) -> bool:
+    if isinstance(value, torch.nn.Parameter):
+        return True
+    return isinstance(value, torch.Tensor) and getattr(value, "_dynamo_static_input_type", None) is not None
+
+
+def _concrete(value: Any) -> Any:
+    """A value to time and check with: fake tensors become random ones of their hinted sizes."""
+    if isinstance(value, torch.SymInt):
+        return int(value.node.hint)
+    if not isinstance(value, torch._subclasses.FakeTensor):
+        return value
+    shape = [s if isinstance(s, int) else s.node.hint for s in value.shape]
+    if value.is_floating_point():
+        return torch.randn(shape, dtype=value.dtype)
+    return torch.zeros(shape, dtype=value.dtype)
+
+
+def _bind(program: Program, constants: dict[int, torch.Tensor]) -> Program:
+    """The program with some inputs replaced by weights. Positions of carried inputs are renumbered."""
+    from dataclasses import replace
+
+    from torch.utils import _pytree as pytree
+
+    inputs = program.inputs
+    weights = dict(program.weights)
+    for position, value in constants.items():
+        node = inputs[position]
+        name = f"p{position}_{node.name}"
+        weights[name] = value.detach()
+        with program.graph.inserting_before(next(n for n in program.graph.nodes if n.op != "placeholder")):
+            constant = program.graph.create_node("get_attr", name)
+        constant.meta = dict(node.meta)
+        node.replace_all_uses_with(constant)
+        program.graph.erase_node(node)
+    kept = [i for i in range(len(inputs)) if i not in constants]
+    state = tuple(replace(s, slot=kept.index(s.slot)) if isinstance(s.slot, int) else s for s in program.state)
+    in_spec = pytree.tree_flatten((tuple(range(len(kept))), {}))[1]
+    return replace(program, weights=weights, state=state, in_spec=in_spec)

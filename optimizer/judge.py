@@ -1,0 +1,52 @@
+"""The judge: does a rewritten program still give the answers, and is it not slower?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..codegen.lower import trial
+from ..passes.base import Context, Fidelity, Pass
+from ..passes.errors import VerifyError
+from ..passes.program import Program
+from ..passes.verify import same_answers, well_formed
+from ..targets.measure import compare
+from .report import Step
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Decides whether a rewrite stays. With `timed` off it only checks answers.
+
+    Attributes:
+        inputs: flat example inputs.
+        wanted: flat outputs of the original program on them.
+        budget: seconds of interleaved timing per rewrite.
+    """
+
+    inputs: Sequence[Any]
+    wanted: Sequence[Any]
+    budget: float = 0.6
+    timed: bool = True
+
+    def decide(self, before: Program, after: Program, rewrite: Pass, ctx: Context, step: Step) -> Step:
+        """The step with its verdict. An exact rewrite stays unless it is wrong or measurably slower."""
+        try:
+            well_formed(after)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                same_answers(after, self.inputs, self.wanted, rewrite.name)
+        except VerifyError as error:
+            return replace(step, reason=error.what)
+        if not self.timed:
+            return replace(step, kept=True)
+        old, new = trial(before, ctx.target), trial(after, ctx.target)
+        seen = compare(lambda: old.measured(self.inputs), lambda: new.measured(self.inputs), budget=self.budget)
+        step = replace(step, seconds_before=seen.a.median, seconds_after=seen.b.median,
+                       ratio_low=1 / seen.high, ratio_high=1 / seen.low)  # fmt: skip
+        if seen.slower or (rewrite.fidelity is Fidelity.LOSSY and not seen.faster):
+            return replace(step, reason="measurably slower" if seen.slower else "not measurably faster")
+        return replace(step, kept=True)

@@ -1,0 +1,31 @@
+"""Rows of the report's kernel table from the choices of an executable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..codegen.eager import op_name
+from ..codegen.select import Choice
+from ..targets import cost
+from .report import KernelRow
+
+
+def kernel_rows(choices: Sequence[Choice]) -> list[KernelRow]:
+    """One row per distinct kernel, the most expensive first; eager operators are grouped by name and shapes."""
+    groups: dict[tuple[str, str], list[Choice]] = {}
+    for choice in choices:
+        key = choice.region.digest() if choice.kernel.backend != "eager" or choice.rivals else choice.kernel.name
+        groups.setdefault((choice.kernel.backend, key), []).append(choice)
+    total = sum((c.kernel.seconds or 0.0) for c in choices)
+    rows = []
+    for (backend, _), group in groups.items():
+        kernel, nodes = group[0].kernel, group[0].region.nodes
+        flops, moved = cost.totals(nodes)
+        rivals = {k: v for k, v in group[0].rivals.items() if v != kernel.seconds}
+        spent = (kernel.seconds or 0.0) * len(group)
+        rows.append(KernelRow(
+            kernel.name, backend, [op_name(n) for n in nodes], len(group), kernel.seconds, flops, moved,
+            kernel.schedule.name, kernel.source, dict(kernel.asm), rivals,
+            spent / total if total and kernel.seconds else None,
+        ))  # fmt: skip
+    return sorted(rows, key=lambda r: -(r.share or 0.0))

@@ -1,0 +1,36 @@
+"""Questions about a single node, and erasing those that nobody needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by their schema names, defaults filled in (positions as names without a schema)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+    schema = node.target._schema.arguments
+    found = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: found.get(a.name, a.default_value) for a in schema}
+
+
+def erase_unused(node: fx.Node) -> None:
+    """Erase a pure node without users, and then its inputs likewise."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        if not node._erased and not node.users and node.op == "call_function" and is_pure(node):
+            waiting += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether the node can be dropped, repeated or evaluated early: no side effect and no randomness."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload):
+        return getattr(op, "__module__", "") in ("_operator", "math")
+    random = torch.Tag.nondeterministic_seeded in op.tags and arguments(node).get("dropout_p") != 0
+    return not (random or op._schema.is_mutable or "assert" in str(op))

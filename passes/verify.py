@@ -1,0 +1,122 @@
+"""Checks that the pipeline and the tests share: is a program well formed, and does it still give the same answers?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .errors import VerifyError
+from .nodes import is_pure
+from .program import Program
+from .text import describe_value, where
+
+# Largest accepted difference, relative to the scale of the output, for a rewrite that only rounds differently.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def well_formed(program: Program) -> None:
+    """Check the graph's invariants.
+
+    Raises:
+        VerifyError: the graph is out of order, names an unknown weight, mutates a value, or carries a shape, dtype or
+            layout that its operators do not give.
+    """
+    program.graph.lint()
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and str(node.target) not in program.weights:
+            raise VerifyError(f"no weight is called {node.target}", node=node.name)
+        if node.op not in ("placeholder", "get_attr", "call_function", "output"):
+            raise VerifyError(f"a program has no {node.op} nodes", node=node.name)
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable:
+                raise VerifyError(f"{node.target} writes into its input", node=node.name, where=where(node))
+            _check_inference(program, node)
+    if len(program.outputs) < program.out_spec.num_leaves + len(program.state):
+        raise VerifyError("the output node lacks results that the output structure or the state names")
+
+
+def _check_inference(program: Program, node: fx.Node) -> None:
+    known = node.meta.get("val")
+    leaves = pytree.tree_leaves(known)
+    if not is_pure(node) or any(not isinstance(v, torch.Tensor) or _symbolic(v) for v in leaves):
+        return
+    inputs = [n.meta.get("val") for n in node.all_input_nodes]
+    if any(isinstance(v, torch.Tensor) and _symbolic(v) for v in inputs):
+        return
+    program.infer(node)
+    found = node.meta["val"]
+    node.meta["val"] = known
+    if [_layout(v) for v in leaves] != [_layout(v) for v in pytree.tree_leaves(found)]:
+        raise VerifyError(
+            f"{node.target} gives {describe_value(found)}, the graph says {describe_value(known)}",
+            node=node.name,
+            where=where(node),
+        )
+
+
+def _symbolic(value: torch.Tensor) -> bool:
+    return any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
+
+
+def _layout(value: torch.Tensor) -> Any:
+    return value.dtype, tuple(value.shape), value.device.type
+
+
+def difference(found: Sequence[Any], wanted: Sequence[Any]) -> tuple[float, str]:
+    """Largest deviation over paired flat outputs as a multiple of what is accepted (<= 1 is equal), and where it is.
+
+    Floating point tensors are compared relative to the scale of the wanted tensor, with NaN and Inf in the same
+    places; everything else must be identical.
+    """
+    worst, place = 0.0, ""
+    if len(found) != len(wanted):
+        return float("inf"), f"{len(found)} outputs instead of {len(wanted)}"
+    for index, (a, b) in enumerate(zip(found, wanted, strict=True)):
+        size = _deviation(a, b)
+        if size > worst:
+            worst, place = size, f"output {index}"
+    return worst, place
+
+
+def _deviation(found: Any, wanted: Any) -> float:
+    if not isinstance(wanted, torch.Tensor):
+        return 0.0 if type(found) is type(wanted) and found == wanted else float("inf")
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return float("inf")
+    if wanted.numel() == 0:
+        return 0.0
+    if wanted.is_complex():
+        return _deviation(torch.view_as_real(found), torch.view_as_real(wanted))
+    if not wanted.is_floating_point():
+        return 0.0 if torch.equal(found, wanted) else float("inf")
+    finite = wanted.isfinite()
+    if not torch.equal(finite, found.isfinite()) or not torch.equal(found.isnan(), wanted.isnan()):
+        return float("inf")
+    if not torch.equal(found[wanted.isinf()], wanted[wanted.isinf()]):
+        return float("inf")
+    a, b = found[finite].double(), wanted[finite].double()
+    if b.numel() == 0:
+        return 0.0
+    scale = max(float(b.abs().max()), 1e-6)
+    return float((a - b).abs().max()) / scale / TOLERANCE.get(wanted.dtype, 1e-4)
+
+
+def same_answers(program: Program, inputs: Sequence[Any], wanted: Sequence[Any], by: str) -> None:
+    """Check a rewritten program against reference outputs.
+
+    Args:
+        inputs: flat example inputs.
+        wanted: flat outputs of the reference program on them.
+        by: text name of the pass to blame.
+
+    Raises:
+        VerifyError: some output deviates by more than rounding explains.
+    """
+    size, place = difference(program.run(inputs), wanted)
+    if size > 1:
+        raise VerifyError(f"{place} deviates {size:.3g} times more than rounding explains", by=by,
+                          next_step="report this as a bug; passes=[...] without this pass avoids it")  # fmt: skip
