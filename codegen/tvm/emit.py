@@ -219,7 +219,7 @@ class Row:
         slots = {}
         for v in values:
             slots[v] = tirx.decl_buffer((self.unroll * self.lanes,), "float32", "acc", scope="local")
-            self.block.statements.append(tirx.AllocBuffer(slots[v]))
+            self.block.statements.append(vector.on_stack(slots[v]))
             start = Block(self.lanes)
             for u in range(self.unroll):
                 put(start, slots[v], integer(u * self.lanes), start.const(NEUTRAL[v.attr]))

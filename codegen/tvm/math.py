@@ -58,7 +58,7 @@ class Block:
         scalar, lanes = dtype.partition("x")[0], int(dtype.partition("x")[2] or 1)
         buffer = tirx.decl_buffer((lanes,), scalar, "v", scope="local")
         at = zero if lanes == 1 else tirx.Ramp(zero, tirx.IntImm("int64", 1), lanes)
-        self.statements += [tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [at])]
+        self.statements += [on_stack(buffer), tirx.BufferStore(buffer, value, [at])]
         return tirx.BufferLoad(buffer, [at])
 
     def const(self, value: float | int | bool, scalar: str = "float32") -> Any:
@@ -95,6 +95,11 @@ class Block:
 
 
 INF = float("inf")
+
+
+def on_stack(buffer: Any) -> Any:
+    """Allocate a buffer of static size in the function's frame (TVM's default is a call to its workspace pool)."""
+    return tirx.AllocBuffer(buffer, {"disable_lower_builtin": tirx.const(True, "bool")})
 
 
 def is_nan(b: Block, x: Any) -> Any:
