@@ -70,8 +70,9 @@ def select(
         for number, (region, done) in enumerate(zip(regions, dead, strict=True)):
             values = [env[n] for n in region.inputs]
             _note_layouts(region, values)
+            decided = len(known)
             choice = _choose(region, backends, target, values, known, budget)
-            if progress and len(choice.rivals) > 1:
+            if progress and len(known) > decided and len(choice.rivals) > 1:
                 progress(f"region {number + 1} of {len(regions)}: {choice.kernel.name} by {choice.kernel.backend}")
             choices.append(choice)
             results = run_kernel(choice.kernel, values)

@@ -119,7 +119,8 @@ def native(functions: Any, target: Any) -> Any:
     passes = tirx.transform
     steps = (
         passes.BindTarget(target.with_host(target)), passes.FlattenBuffer(), passes.VerifyMemory(),
-        passes.AnnotateEntryFunc(), passes.SplitHostDevice(), passes.MakePackedAPI(), passes.LowerTVMBuiltin(),
+        passes.AnnotateEntryFunc(), passes.SplitHostDevice(), passes.MakePackedAPI(),
+        passes.BF16StorageLegalize(), passes.LowerTVMBuiltin(),
         passes.LowerIntrin(),
     )  # fmt: skip
     return tvm.get_global_func("target.build.llvm")(tvm.ir.transform.Sequential(list(steps))(functions), target)
@@ -127,9 +128,9 @@ def native(functions: Any, target: Any) -> Any:
 
 def entry(module: Any, name: str) -> Callable[..., None]:
     """The function of a compiled or loaded module, its threads on torch's pool."""
-    address = launcher()
-    if address is not None:
-        module[SETTER](ctypes.c_void_p(address))
+    found_launcher = launcher()
+    if found_launcher is not None:
+        module[SETTER](ctypes.c_void_p(found_launcher[0]))
     found: Callable[..., None] = module[name]
     return found
 
@@ -140,8 +141,8 @@ def load_library(path: str, name: str) -> Callable[..., None]:
 
 
 @functools.cache
-def launcher() -> int | None:
-    """Address of the launcher on torch's OpenMP pool, None if there is no such pool in this process."""
+def launcher() -> tuple[int, Any] | None:
+    """Address and owner of the launcher on torch's OpenMP pool, None if there is no such pool in this process."""
     openmp = _openmp()
     if openmp is None:
         return None
@@ -154,12 +155,7 @@ def launcher() -> int | None:
         path.write_text(layout + LAUNCHER)
         module = tvm.runtime.load_module(str(path))
         function = module["launcher"]
-    address = int(function(*addresses))
-    _KEEP.append(module)
-    return address
-
-
-_KEEP: list[Any] = []
+    return int(function(*addresses)), module  # the module owns the code
 
 
 def _openmp() -> Any:

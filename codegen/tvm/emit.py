@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import tvm
 from tvm import tirx
 
 from . import math as vector
@@ -40,7 +39,11 @@ def number(value: Value) -> float | int | bool:
 
 def compute(b: Block, v: Value, args: Sequence[Any]) -> Any:
     """The expression of an elementwise value."""
+    if v.op == "ne" and v.args[0].kind == "float32":
+        return vector.differs(b, *args)
     if v.op in BINARY:
+        if v.args[0] is v.args[1]:
+            args = [args[0], b.let(args[1])]  # TVM would fold x - x and x != x, which are not what they seem for NaN
         return BINARY[v.op](*args)
     if v.op in CALLS:
         return CALLS[v.op](b, args[0])
@@ -235,7 +238,11 @@ class Row:
                     if slot is None:
                         rest[v].append((x, b.lanes))
                         continue
-                    at = tirx.Ramp(integer(slot * self.lanes), integer(1), self.lanes) if self.lanes > 1 else integer(slot)
+                    at = (
+                        tirx.Ramp(integer(slot * self.lanes), integer(1), self.lanes)
+                        if self.lanes > 1
+                        else integer(slot)
+                    )
                     total = vector.combine(v.attr, b, b.let(tirx.BufferLoad(slots[v], [at])), x)
                     put(b, slots[v], integer(slot * self.lanes), total)
                 also(b, column, low, memo)
@@ -270,11 +277,16 @@ class Row:
 NEUTRAL = {"sum": 0.0, "max": -vector.INF, "peak": -vector.INF, "min": vector.INF}
 
 
+def sequence(statements: list[Any]) -> Any:
+    """The statements one after the other; TIR has no sequence of one."""
+    return statements[0] if len(statements) == 1 else tirx.SeqStmt(statements)
+
+
 def serial(loop: Any, extent: Any, statements: list[Any]) -> Any:
     """A loop from zero."""
-    return tirx.For(loop, integer(0), extent, tirx.ForKind.SERIAL, tirx.SeqStmt(statements))
+    return tirx.For(loop, integer(0), extent, tirx.ForKind.SERIAL, sequence(statements))
 
 
 def parallel(loop: Any, extent: Any, statements: list[Any]) -> Any:
     """A loop whose rounds are split over the threads in contiguous runs."""
-    return tirx.For(loop, integer(0), extent, tirx.ForKind.PARALLEL, tirx.SeqStmt(statements))
+    return tirx.For(loop, integer(0), extent, tirx.ForKind.PARALLEL, sequence(statements))

@@ -8,7 +8,6 @@ from typing import Any
 
 import sympy
 import torch
-import tvm
 from tvm import tirx
 
 from .values import Extent, Unsupported, Value

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import tvm
 from tvm import tirx
 
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts: n * LN2_HIGH is exact for |n| < 2**15
@@ -104,7 +103,14 @@ def on_stack(buffer: Any) -> Any:
 
 def is_nan(b: Block, x: Any) -> Any:
     """True where x is NaN."""
-    return x != x
+    return differs(b, x, x)
+
+
+def differs(b: Block, x: Any, y: Any) -> Any:
+    """x != y, true for NaN. TVM compares with "ordered and unequal" and folds comparisons of equal expressions; the
+    copy and the detour over integers get round both."""
+    flag = b.let(tirx.Select(tirx.EQ(x, b.let(y)), b.const(0, "int32"), b.const(1, "int32")))
+    return tirx.NE(flag, b.const(0, "int32"))
 
 
 def clamp(b: Block, x: Any, low: float, high: float) -> Any:
@@ -171,6 +177,13 @@ def log1p(b: Block, x: Any) -> Any:
     return b.select(low == b.const(0.0), x, b.select(w == b.const(INF), w, corrected))
 
 
+def _saturated(b: Block, x: Any, value: Any, limit: float) -> Any:
+    """value limited to [-1, 1], and exactly +-1 where x lies beyond the limit."""
+    value = clamp(b, value, -1.0, 1.0)
+    value = b.select(x > b.const(limit), b.const(1.0), value)
+    return b.select(x < b.const(-limit), b.const(-1.0), value)
+
+
 def _odd_rational(b: Block, x: Any, limit: float, p: Sequence[float], q: Sequence[float]) -> tuple[Any, Any]:
     x = clamp(b, x, -limit, limit)
     square = b.let(x * x)
@@ -178,15 +191,15 @@ def _odd_rational(b: Block, x: Any, limit: float, p: Sequence[float], q: Sequenc
 
 
 def erf(b: Block, x: Any) -> Any:
-    """Error function, absolute error <= 5e-7 (relative too); exactly +-1 at +-Inf."""
+    """Error function, absolute and relative error <= 5e-7; exactly +-1 beyond +-3.9."""
     p, q = _odd_rational(b, x, 3.925, ERF_P, ERF_Q)
-    return clamp(b, b.let(p / q), -1.0, 1.0)
+    return _saturated(b, x, b.let(p / q), 3.9)
 
 
 def tanh(b: Block, x: Any) -> Any:
-    """Hyperbolic tangent, absolute and relative error <= 5e-7; exactly +-1 at +-Inf."""
+    """Hyperbolic tangent, absolute and relative error <= 5e-7; exactly +-1 beyond +-9.01."""
     p, q = _odd_rational(b, x, 9.02, TANH_P, TANH_Q)
-    return clamp(b, b.let(p / q), -1.0, 1.0)
+    return _saturated(b, x, b.let(p / q), 9.01)
 
 
 def expm1_negative(b: Block, x: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..base import Region
-from .layout import Access, Sizes, access_of, contiguous, expression, merge
+from .layout import Access, access_of, contiguous, expression, merge
 from .rules import RULES, name_of, read
 from .values import KINDS, Builder, Extent, Unsupported, Value, same, shape
 

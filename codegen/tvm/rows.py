@@ -8,13 +8,14 @@ from typing import Any
 import sympy
 from tvm import tirx
 
-from .emit import RECOMPUTE, Memory, Row, integer, parallel, put, serial
+from .emit import RECOMPUTE, Memory, Row, integer, parallel, put, sequence, serial
 from .layout import Access, Sizes, flat, parameter
-from .math import Block
+from .math import Block, on_stack
 from .plan import CHUNK, Plan
 from .values import Value
 
 ROWS_PER_TASK = 4  # rows that share one scratch row
+STACK = 65536  # bytes of scratch that may lie in the frame of a task
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def function(plan: Plan, name: str, form: Form) -> Any:
     body = [tirx.DeclBuffer(v, data=b.data) for v, b in zip(views, buffers, strict=True)]
     emitter = _Emitter(plan, form, sizes, Memory(views, [t.dtype for t in plan.tensors]))
     body += emitter.statements()
-    func = tirx.PrimFunc(buffers, tirx.SeqStmt(body))
+    func = tirx.PrimFunc(buffers, sequence(body))
     return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
 
 
@@ -99,10 +100,11 @@ class _Emitter:
         if per == 1:
             return loop_of(task, tasks, self._row(task))
         b, local = Block(1), tirx.Var("row", "int64")
+        small = int(self.plan.extents[-1]) * len(scratch_of(self.plan)) <= STACK // 4
         for v in scratch_of(self.plan):
             size = int(self.plan.extents[-1])
             self.memory.scratch[v] = tirx.decl_buffer((size,), "float32", "kept", data_alignment=64)
-            b.statements.append(tirx.AllocBuffer(self.memory.scratch[v]))
+            b.statements.append(on_stack(self.memory.scratch[v]) if small else tirx.AllocBuffer(self.memory.scratch[v]))
         count = b.let(tirx.min(integer(per), rows - task * integer(per)))
         inner = serial(local, count, self._row(task * integer(per) + local))
         return loop_of(task, tasks, [*b.statements, inner])
@@ -164,5 +166,3 @@ class _Emitter:
                 row.columns(start, stop, lambda b, c, _, start=start: also(b, c, start, {}))
         else:
             row.open_columns(low, high, lambda b, c, _: also(b, c, 0, {}))
-
-

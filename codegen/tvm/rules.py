@@ -88,7 +88,12 @@ def _clamped(build: Builder, x: Value, low: float | None, high: float | None) ->
 
 
 def _clamp(low: str, high: str) -> Rule:
-    return lambda s: _clamped(s.build, s.value("self"), s.args.get(low), s.args.get(high))
+    def rule(s: Site) -> Value:
+        if any(isinstance(s.args.get(n), fx.Node) for n in (low, high)):
+            return _clamp_tensor(s)
+        return _clamped(s.build, s.value("self"), s.args.get(low), s.args.get(high))
+
+    return rule
 
 
 def _clamp_tensor(s: Site) -> Value:
@@ -141,7 +146,10 @@ def _gelu(s: Site, x: Value) -> Value:
         curve = f.op("tanh", f.op("mul", inner, f.const(math.sqrt(2.0 / math.pi))))
     else:
         curve = f.op("erf", f.op("mul", x, f.const(math.sqrt(0.5))))
-    return f.op("mul", half, f.op("add", curve, f.const(1.0)))
+    result = f.op("mul", half, f.op("add", curve, f.const(1.0)))
+    if s.args["approximate"] == "tanh" or s.dtype is torch.float16:
+        return result
+    return f.op("add", result, f.op("sub", x, x))  # torch's exact form (oneDNN) is NaN at both infinities
 
 
 def _silu(s: Site, x: Value) -> Value:
@@ -199,9 +207,13 @@ def _mean_of(s: Site, x: Value) -> Value:
 
 
 def _variance(s: Site, x: Value, divisor: float) -> tuple[Value, Value]:
-    centred = s.build.op("sub", x, _mean_of(s, x))
-    total = s.build.reduce("sum", s.build.op("mul", centred, centred))
-    return centred, s.build.op("div", total, s.build.const(divisor))
+    """The centred row and its variance. The second pass also measures how far the mean was rounded and corrects it."""
+    f = s.build
+    rough = f.op("sub", x, _mean_of(s, x))
+    error = _mean_of(s, rough)
+    total = f.op("sub", f.reduce("sum", f.op("mul", rough, rough)),
+                 f.op("mul", f.op("mul", error, error), f.const(s.columns)))  # fmt: skip
+    return f.op("sub", rough, error), f.op("div", total, f.const(divisor))
 
 
 def _reduction(how: str) -> Rule:
@@ -217,7 +229,8 @@ def _reduction(how: str) -> Rule:
 
 def _var(s: Site) -> Value:
     s.last_dim()
-    correction = 1 if s.args["correction"] is None else s.args["correction"]
+    correction = s.args.get("correction", int(s.args.get("unbiased", True)))
+    correction = 1 if correction is None else correction
     return _variance(s, s.row("self"), max(0, s.columns - correction))[1]
 
 
@@ -343,7 +356,8 @@ RULES: dict[str, Rule] = {
     "bitwise_not": _logical("not"), "bitwise_and": _logical("and"), "bitwise_or": _logical("or"),
     "relu": lambda s: _clamped(s.build, s.value("self"), 0.0, None),
     "clamp": _clamp("min", "max"), "clamp_min": _clamp("min", "-"), "clamp_max": _clamp("-", "max"),
-    "hardtanh": _clamp("min_val", "max_val"), "hardswish": _floating(_hard(True)), "relu6": lambda s: _clamped(s.build, s.value("self"), 0.0, 6.0),
+    "hardtanh": _clamp("min_val", "max_val"), "hardswish": _floating(_hard(True)),
+    "relu6": lambda s: _clamped(s.build, s.value("self"), 0.0, 6.0),
     "hardsigmoid": _floating(_hard(False)), "leaky_relu": _floating(_leaky), "elu": _floating(_elu),
     "softplus": _floating(_softplus), "gelu": _floating(_gelu), "silu": _floating(_silu), "pow": _floating(_pow),
     "square": _floating(lambda s, x: s.build.op("mul", x, x)),
@@ -364,7 +378,9 @@ def name_of(node: fx.Node) -> str | None:
     return name if space == "aten" else None
 
 
-def read(build: Builder, members: set[fx.Node], memo: dict[Any, Value], node: fx.Node, at: tuple[Coordinate, ...]) -> Value:
+def read(
+    build: Builder, members: set[fx.Node], memo: dict[Any, Value], node: fx.Node, at: tuple[Coordinate, ...]
+) -> Value:
     """The value of a node at coordinates: a load for region inputs, else what its rule says."""
     key = (node, at)
     if key not in memo:

@@ -1,0 +1,215 @@
+"""Row kernels against eager torch in float64: error at most twice eager's own, NaN and Inf as in eager."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("tvm")
+
+from torchlathe.codegen.base import Kernel, Region
+from torchlathe.codegen.tvm import build
+from torchlathe.codegen.tvm.backend import TvmBackend
+from torchlathe.targets.target import Target
+
+TARGET = Target("cpu", "cpu", "generic", 2, {}, 0.0, (), 0, ("float32",), vector_bits=256)
+BACKEND = TvmBackend()
+INF, NAN = math.inf, math.nan
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: torch.Tensor) -> Any:
+        return self.function(*args)
+
+
+def region_of(function: Callable[..., Any], args: tuple[torch.Tensor, ...], dynamic: Any = None) -> tuple[Region, Any]:
+    shapes = None if dynamic is None else {"args": tuple(dynamic)}
+    exported = torch.export.export(Wrapped(function), args, dynamic_shapes=shapes).run_decompositions({})
+    graph = exported.graph
+    return Region.of(n for n in graph.nodes if n.op == "call_function" and "sym_size" not in str(n.target)), graph
+
+
+def call(kernel: Kernel, region: Region, graph: Any, args: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    names = [n.name for n in graph.nodes if n.op == "placeholder"]
+    inputs = [args[names.index(n.name)] for n in region.inputs]
+    assert kernel.destinations is not None
+    outs = []
+    for d in kernel.destinations:
+        shape = [e if isinstance(e, int) else inputs[e[0]].shape[e[1]] for e in d.shape]
+        outs.append(torch.full(shape, 7).to(d.dtype))
+    assert kernel.call(*inputs, *outs) is None
+    return outs
+
+
+def check(function: Callable[..., Any], *args: torch.Tensor, schedules: int = 2) -> None:
+    region, graph = region_of(function, args)
+    assert BACKEND.supports(region, TARGET) is None
+    eager = function(*args)
+    exact = function(*(a.double() if a.is_floating_point() else a for a in args))
+    for schedule in list(BACKEND.space(region, TARGET))[:: 3 - schedules]:
+        ours = call(BACKEND.lower(region, TARGET, schedule), region, graph, args)[0]
+        assert ours.dtype == eager.dtype and ours.shape == eager.shape
+        compare(ours, eager, exact)
+
+
+def compare(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
+    if not eager.is_floating_point():
+        assert torch.equal(ours, eager)
+        return
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert torch.equal(ours[ours.isinf()], eager[ours.isinf()]) and torch.equal(ours.isinf(), eager.isinf())
+    good = eager.isfinite()
+    o, e, x = ours[good].double(), eager[good].double(), exact[good].double()
+    floor = 1e-5 if eager.dtype == torch.float32 else 1e-3
+    limit = 2 * (e - x).abs().max() + floor * x.abs().max().clamp_max(1.0) if good.any() else 0.0
+    assert not good.any() or (o - x).abs().max() <= limit
+
+
+def strange(rows: int = 6, columns: int = 197) -> torch.Tensor:
+    torch.manual_seed(0)
+    x = torch.randn(rows, columns)
+    x[0, 3], x[1], x[2, 5], x[3, 1] = NAN, -INF, INF, -INF
+    x[4, 7], x[4, 8] = INF, -INF
+    return x
+
+
+ONE = {
+    "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu, "relu": torch.relu,
+    "softmax": lambda x: torch.softmax(x, -1), "log_softmax": lambda x: torch.log_softmax(x, -1),
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]), "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:]),
+    "sigmoid": torch.sigmoid, "tanh": torch.tanh, "erf": torch.erf, "exp": torch.exp, "elu": F.elu,
+    "softplus": F.softplus, "hardswish": F.hardswish, "hardsigmoid": F.hardsigmoid, "leaky_relu": F.leaky_relu,
+    "clamp": lambda x: x.clamp(-0.5, 0.5), "hardtanh": F.hardtanh, "abs": torch.abs, "neg": torch.neg,
+    "sqrt": lambda x: x.abs().sqrt() + x.abs().rsqrt(), "log": lambda x: x.abs().log(),
+    "pow": lambda x: x.pow(3) + x.abs().pow(0.5) - x.pow(-1), "amax": lambda x: x - x.amax(-1, keepdim=True),
+    "amin": lambda x: x - x.amin(-1, keepdim=True), "mean": lambda x: x.mean(-1), "sum": lambda x: x.sum(-1, True),
+    "var": lambda x: x.var(-1, keepdim=True), "isnan": lambda x: x != x, "compare": lambda x: torch.logical_or(x > 1, x < -1),
+    "kept": lambda x: torch.softmax(x.sigmoid().exp(), -1) + x.sigmoid(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_input(name: str) -> None:
+    check(ONE[name], strange(), schedules=1)
+
+
+@pytest.mark.parametrize("columns", [1, 3, 64, 384])
+@pytest.mark.parametrize("name", ["layer_norm", "softmax", "gelu"])
+def test_widths(name: str, columns: int) -> None:
+    if name == "layer_norm" and columns == 1:
+        pytest.skip("zero variance: only rounding is left")
+    check(ONE[name], torch.randn(5, columns))
+
+
+def test_layer_norm_with_large_mean() -> None:
+    for offset in (1e3, 1e4):
+        check(ONE["layer_norm"], torch.randn(16, 384) + offset)
+
+
+def test_residual_norm_with_two_outputs() -> None:
+    def function(x: Any, y: Any, w: Any, b: Any) -> Any:
+        h = x + y
+        return h, F.layer_norm(h, (384,), w, b)
+
+    args = (torch.randn(2, 9, 384), torch.randn(2, 9, 384), torch.randn(384), torch.randn(384))
+    region, graph = region_of(function, args)
+    kernel = BACKEND.lower(region, TARGET, next(iter(BACKEND.space(region, TARGET))))
+    h, n = call(kernel, region, graph, args)
+    assert torch.equal(h, args[0] + args[1])
+    torch.testing.assert_close(n, function(*args)[1])
+
+
+def rotary(q: torch.Tensor, c: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+    c, s, half = c.unsqueeze(1), s.unsqueeze(1), q.shape[-1] // 2
+    return q * c + torch.cat((-q[..., half:], q[..., :half]), -1) * s
+
+
+def test_rotary() -> None:
+    check(rotary, torch.randn(2, 4, 17, 64), torch.randn(2, 17, 64), torch.randn(1, 17, 64))
+
+
+def test_masks_and_integers() -> None:
+    x, mask = strange(), torch.rand(6, 197) > 0.5
+    check(lambda x, m: torch.softmax(x.masked_fill(m, -INF), -1), x, mask)
+    check(lambda x, m: torch.where(m, x, torch.relu(x) * 2), x, mask[:1])
+    check(lambda a, b: torch.where(a >= b, a * 2, b - 1), torch.randint(-9, 9, (6, 40)), torch.randint(-9, 9, (40,)))
+    check(lambda x, y: torch.maximum(x, y) + torch.minimum(x, y), x, x.flip(1).contiguous())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype: torch.dtype) -> None:
+    x = strange().to(dtype)
+    for name in ("layer_norm", "softmax", "gelu", "silu"):
+        check(ONE[name], x, schedules=1)
+
+
+def test_cast_rounds() -> None:
+    x = torch.randn(3, 100)
+    region, graph = region_of(lambda x: torch.ops.aten._to_copy(torch.ops.aten._to_copy(x, dtype=torch.bfloat16),
+                                                                dtype=torch.float32), (x,))  # fmt: skip
+    kernel = BACKEND.lower(region, TARGET, next(iter(BACKEND.space(region, TARGET))))
+    assert torch.equal(call(kernel, region, graph, (x,))[0], x.bfloat16().float())
+
+
+def test_views_and_broadcasts() -> None:
+    x = torch.randn(3, 4, 5, 24)
+    check(lambda x: (x + 1).contiguous(), x.transpose(1, 2), schedules=1)
+    check(lambda x, y: torch.tanh(x) * y, x, torch.randn(4, 1, 24), schedules=1)
+    check(lambda x, y: x.contiguous() * y, x[..., 3:20], torch.randn(3, 1, 1, 1), schedules=1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 64])
+def test_symbolic_rows(batch: int) -> None:
+    dim = torch.export.Dim("batch", min=2, max=4096)
+    for name in ("layer_norm", "gelu", "softmax"):
+        region, graph = region_of(ONE[name], (torch.randn(4, 8, 48),), [{0: dim}])
+        assert BACKEND.supports(region, TARGET) is None
+        kernel = BACKEND.lower(region, TARGET, next(iter(BACKEND.space(region, TARGET))))
+        for size in (0, batch):
+            x = torch.randn(size, 8, 48)
+            torch.testing.assert_close(call(kernel, region, graph, (x,))[0], ONE[name](x))
+
+
+def test_large_flat_and_threads() -> None:
+    x = torch.randn(7, 333, 129)
+    check(lambda x: F.gelu(x) * 2, x)
+    check(ONE["softmax"], torch.randn(2000, 130))
+
+
+def test_refusals() -> None:
+    for function, args, words in (
+        (lambda x: x.softmax(0), (torch.randn(3, 4),), "another dimension"),
+        (lambda x: x + 1, (torch.randn(3, 4).double(),), "float64"),
+        (lambda x: x + 1, (torch.randn(0, 4),), "without elements"),
+        (lambda x: x + 1, (torch.randn(3, 4).t(),), "not contiguous"),
+    ):
+        region, _ = region_of(function, args)
+        assert words in (BACKEND.supports(region, TARGET) or "")
+
+
+def test_wrong_shape_is_an_error() -> None:
+    region, _ = region_of(F.gelu, (torch.randn(3, 8),))
+    kernel = BACKEND.lower(region, TARGET, next(iter(BACKEND.space(region, TARGET))))
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        kernel.call(torch.randn(3, 9), torch.empty(3, 9))
+
+
+def test_library(tmp_path: Path) -> None:
+    x = torch.randn(4000, 64)
+    region, _ = region_of(ONE["softmax"], (x,))
+    kernel = BACKEND.lower(region, TARGET, next(iter(BACKEND.space(region, TARGET))))
+    assert kernel.library is not None
+    kernel.library(str(tmp_path / "kernel.so"))
+    out = torch.empty_like(x)
+    build.load_library(str(tmp_path / "kernel.so"), kernel.name)(x, out)
+    torch.testing.assert_close(out, torch.softmax(x, -1))
