@@ -13,6 +13,7 @@ from ..passes.errors import InputError
 from ..passes.program import Program
 from .base import Kernel
 from .guards import guard_source
+from .save import save
 from .select import Choice
 from .source import Source, releases
 
@@ -132,9 +133,7 @@ class Executable(torch.nn.Module):
 
     def save(self, path: str) -> None:
         """Write the artefact: one file with graph, weights, kernels, report and a checked manifest."""
-        from .cache import save
-
-        save(self, path)
+        save(self.program, self.choices, path, report=self.report, counts=self.counts)
 
 
 def _shape_of_call(spec: pytree.TreeSpec) -> str:

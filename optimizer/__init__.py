@@ -10,7 +10,7 @@ _HOMES = {
     "explain": ".api",
     "Quality": ".quality",
     "Report": ".report",
-    "load": "..codegen.cache",
+    "load": ".api",
     "Executable": "..codegen.executable",
 }
 __all__ = ["Executable", "Quality", "Report", "explain", "load", "optimize"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .. import __version__, targets
 from .. import passes as P
+from ..codegen.cache import load as load_artefact
 from ..codegen.executable import Executable
 from ..codegen.lower import lower, lower_eager
 from ..passes.base import Context, Pass
@@ -138,6 +140,18 @@ def explain(
     best, steps = run_passes(program, rewrites, Context(chosen), judge)
     return Report(type(model).__name__, chosen.name, _device(chosen), steps, graph_before=program.text(),
                   graph_after=best.text(), took=time.perf_counter() - start, versions=_versions())  # fmt: skip
+
+
+def load(path: str | os.PathLike[str], *, native: bool = True) -> Executable:
+    """The executable saved at `path`, with its report. Traces and compiles nothing on the CPU that it was saved on.
+
+    Args:
+        native: False compiles the file's kernels again instead of loading its machine code.
+
+    Raises:
+        ArtefactError: the file is missing, damaged or foreign; nothing of it was used.
+    """
+    return load_artefact(path, native=native, decode_report=Report.from_dict)
 
 
 def find_pass(wanted: str | Pass) -> Pass:

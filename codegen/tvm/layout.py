@@ -1,4 +1,4 @@
-"""Where the elements of a region's tensors lie: sizes and strides as TIR expressions over as few dimensions as possible."""
+"""Where the elements of tensors lie: sizes and strides as TIR expressions over as few dimensions as possible."""
 
 from __future__ import annotations
 

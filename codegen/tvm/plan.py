@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: lis
     if extents[-1].is_Integer:
         columns = int(extents[-1])
         edges = sorted({0, columns, *(c for c in cuts if 0 < c < columns)})
-        segments = list(zip(edges[:-1], edges[1:], strict=True))
+        segments = list(itertools.pairwise(edges))
     elif rigid:
         raise Unsupported("the last dimension has a symbolic size")
     return Plan(tensors, outputs, loads, reductions, segments, extents)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from torchlathe import targets
 from torchlathe.codegen import cache
 from torchlathe.codegen.base import Destination, Kernel, Schedule
-from torchlathe.codegen.cache import load, read_report, save
+from torchlathe.codegen.cache import load, read_report
 from torchlathe.codegen.executable import Executable
 from torchlathe.codegen.graph_json import decode_value, encode_value
 from torchlathe.codegen.lower import lower_eager, lower_unmeasured
@@ -107,7 +107,7 @@ def test_a_loaded_executable_is_the_saved_one(tmp_path, case, lower):
     args = inputs()
     report = {"model": case, "notes": ["kept"], "counts": {"eager fallbacks": 0}}
     saved = build(make(), args, dynamic, lower, report)
-    save(saved, tmp_path / "a")
+    saved.save(tmp_path / "a")
     loaded = load(tmp_path / "a")
     identical(loaded(*args), saved(*args))
     assert loaded.source == saved.source and loaded.program.text() == saved.program.text()
@@ -120,7 +120,7 @@ def test_a_loaded_executable_is_the_saved_one(tmp_path, case, lower):
 
 def test_dynamic_sizes_and_their_limits_survive(tmp_path):
     saved = build(Block(), (torch.randn(5, 8),), ({0: Dim("n", min=2, max=64)},))
-    save(saved, tmp_path / "a")
+    saved.save(tmp_path / "a")
     loaded = load(tmp_path / "a")
     for size in (1, 9, 64):
         x = torch.randn(size, 8)
@@ -134,7 +134,7 @@ def test_divisibility_survives(tmp_path):
         def forward(self, x):
             return x * 2 if x.shape[0] % 2 == 0 else x
 
-    save(build(Halves(), (torch.ones(6, 4),), ({0: Dim.AUTO},)), tmp_path / "a")
+    build(Halves(), (torch.ones(6, 4),), ({0: Dim.AUTO},)).save(tmp_path / "a")
     assert load(tmp_path / "a")(torch.ones(8, 4)).sum() == 64
     with pytest.raises(InputError, match="Mod"):
         load(tmp_path / "a")(torch.ones(7, 4))
@@ -151,7 +151,7 @@ def test_tied_weights_are_stored_once_and_come_back_as_one():
 def test_state_continues_where_it_was_saved(tmp_path):
     saved = build(Counter(), (torch.ones(3),))
     saved(torch.ones(3))
-    save(saved, tmp_path / "a")
+    saved.save(tmp_path / "a")
     loaded = load(tmp_path / "a")
     for executable in (saved, loaded):
         torch.testing.assert_close(executable(torch.ones(3)), torch.full((3,), 4.0))
@@ -162,14 +162,14 @@ def test_state_continues_where_it_was_saved(tmp_path):
 def test_no_model_is_behind_a_loaded_executable(tmp_path):
     saved = build(Block(), (torch.randn(5, 8),))
     assert isinstance(saved.norm, torch.nn.LayerNorm)
-    save(saved, tmp_path / "a")
+    saved.save(tmp_path / "a")
     with pytest.raises(AttributeError, match="'norm': it was loaded from a file"):
         _ = load(tmp_path / "a").norm
 
 
 def test_loading_traces_and_compiles_nothing(tmp_path, monkeypatch):
     saved = with_library(build(Block(), (torch.randn(5, 8),), ({0: Dim("n", min=2, max=64)},)))
-    save(saved, tmp_path / "a")
+    saved.save(tmp_path / "a")
 
     def forbidden(*args, **kwargs):
         raise AssertionError("loading must not trace or compile")
@@ -248,7 +248,7 @@ def with_library(executable):
 def with_kernel(tmp_path):
     saved = with_library(build(Block(), (torch.randn(5, 8),), lower=lower_eager, report={"notes": []}))
     assert "tvm" in [c.kernel.backend for c in saved.choices]
-    save(saved, tmp_path / "a")
+    saved.save(tmp_path / "a")
     return saved, tmp_path / "a"
 
 
@@ -284,8 +284,8 @@ def test_kernels_of_another_machine_are_compiled_again_and_counted(with_kernel, 
     if reason == "fingerprint":
         monkeypatch.setattr(targets, "fingerprint", lambda target: "0" * 64)
     if reason == "version":
-        here = cache._versions()
-        monkeypatch.setattr(cache, "_versions", lambda: {**here, "tvm": "9.9"})
+        here = cache.versions()
+        monkeypatch.setattr(cache, "versions", lambda: {**here, "tvm": "9.9"})
     loaded, x = load(path, native=reason != "asked"), torch.randn(5, 8)
     identical(loaded(x), saved(x))
     assert loaded.counts["recompilations"] == loaded.report["counts"]["recompilations"] == 1
@@ -331,11 +331,11 @@ def test_programs_without_a_stored_form_say_why(tmp_path):
             return torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: v - 1, (x,))
 
     with pytest.raises(ArtefactError, match="control flow"):
-        save(build(Branch(), (torch.ones(3),), lower=lower_eager), tmp_path / "a")
+        build(Branch(), (torch.ones(3),), lower=lower_eager).save(tmp_path / "a")
     saved = build(Counter(), (torch.ones(3),))
     saved.program.weights["alias"] = saved.program.weights["total"][:1]
     with pytest.raises(ArtefactError, match="total shares memory with alias"):
-        save(saved, tmp_path / "a")
+        saved.save(tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
 
@@ -389,7 +389,7 @@ def test_a_compiled_kernel_survives_with_its_machine_code(tmp_path, dynamic):
     backend = TvmBackend()
     [region] = partition(program, [backend], CPU)
     kernel = backend.lower(region, CPU, next(iter(backend.space(region, CPU))))
-    save(Executable(program, [Choice(region, kernel)]), tmp_path / "a")
+    Executable(program, [Choice(region, kernel)]).save(tmp_path / "a")
     loaded, again = load(tmp_path / "a"), load(tmp_path / "a", native=False)
     assert [e.choices[0].kernel.backend for e in (loaded, again)] == ["tvm", "tvm"]
     assert "recompilations" not in loaded.counts and again.counts["recompilations"] == 1

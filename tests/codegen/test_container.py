@@ -10,7 +10,7 @@ import torch
 
 from torchlathe import targets
 from torchlathe.codegen import operators
-from torchlathe.codegen.cache import load, read_report, save
+from torchlathe.codegen.cache import load, read_report
 from torchlathe.codegen.container import HEAD, MAGIC, START, VERSION, Part, read_container, write_container
 from torchlathe.codegen.executable import Executable
 from torchlathe.codegen.lower import lower_unmeasured
@@ -27,7 +27,7 @@ def build(model, args, report=None):
 def small(tmp_path_factory):
     path = tmp_path_factory.mktemp("small") / "a"
     torch.manual_seed(0)
-    save(build(torch.nn.Linear(2, 2), (torch.ones(1, 2),), report={"model": "Linear"}), path)
+    build(torch.nn.Linear(2, 2), (torch.ones(1, 2),), report={"model": "Linear"}).save(path)
     return path.read_bytes()
 
 
@@ -213,7 +213,7 @@ def test_hostile_contents_with_correct_checksums_are_refused(small, tmp_path, ch
 
 
 def test_unknown_input_classes_name_the_package_to_import(tmp_path):
-    save(build(torch.nn.ReLU(), (torch.randn(2),)), tmp_path / "a")
+    build(torch.nn.ReLU(), (torch.randn(2),)).save(tmp_path / "a")
     structure = [
         "tuple",
         None,
@@ -235,5 +235,5 @@ def test_saving_replaces_the_file_whole_or_leaves_it(tmp_path, monkeypatch, smal
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save(saved, path)
+        saved.save(path)
     assert path.read_bytes() == small and [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchlathe import targets
-from torchlathe.codegen.cache import load, save
+from torchlathe.codegen.cache import load
 from torchlathe.codegen.executable import Executable
 from torchlathe.codegen.lower import lower_unmeasured
 from torchlathe.codegen.structure import Fields
@@ -34,7 +34,7 @@ class Answering(torch.nn.Module):
 def answer_file(tmp_path):
     pytree.register_dataclass(Answer)
     try:
-        save(build(Answering(), (torch.randn(2, 3),)), tmp_path / "a")
+        build(Answering(), (torch.randn(2, 3),)).save(tmp_path / "a")
         yield tmp_path / "a"
     finally:
         if Answer in pytree.SUPPORTED_NODES:

@@ -93,7 +93,8 @@ ONE = {
     "sqrt": lambda x: x.abs().sqrt() + x.abs().rsqrt(), "log": lambda x: x.abs().log(),
     "pow": lambda x: x.pow(3) + x.abs().pow(0.5) - x.pow(-1), "amax": lambda x: x - x.amax(-1, keepdim=True),
     "amin": lambda x: x - x.amin(-1, keepdim=True), "mean": lambda x: x.mean(-1), "sum": lambda x: x.sum(-1, True),
-    "var": lambda x: x.var(-1, keepdim=True), "isnan": lambda x: x != x, "compare": lambda x: torch.logical_or(x > 1, x < -1),
+    "var": lambda x: x.var(-1, keepdim=True), "isnan": lambda x: x != x,
+    "compare": lambda x: torch.logical_or(x > 1, x < -1),
     "kept": lambda x: torch.softmax(x.sigmoid().exp(), -1) + x.sigmoid(),
 }  # fmt: skip
 
