@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
 from tvm import tirx
 
-from .emit import RECOMPUTE, Memory, Row, integer, parallel, put, sequence, serial
+from .emit import RECOMPUTE, Also, Memory, Row, integer, parallel, put, sequence, serial
 from .layout import Access, Sizes, flat, parameter
 from .math import Block, on_stack
 from .plan import CHUNK, Plan
@@ -163,6 +164,10 @@ class _Emitter:
             return
         elif self.plan.segments:
             for start, stop in self.plan.segments:
-                row.columns(start, stop, lambda b, c, _, start=start: also(b, c, start, {}))
+                row.columns(start, stop, partial(_at, also, start))
         else:
-            row.open_columns(low, high, lambda b, c, _: also(b, c, 0, {}))
+            row.open_columns(low, high, partial(_at, also, 0))
+
+
+def _at(also: Also, start: Any, b: Block, column: Any, _slot: int | None) -> None:
+    also(b, column, start, {})
