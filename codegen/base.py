@@ -65,6 +65,9 @@ class Schedule:
     def __getitem__(self, key: str) -> Any:
         return dict(self.params)[key]
 
+    def __str__(self) -> str:
+        return " ".join([self.name, *(f"{k}={v}" for k, v in self.params)])
+
 
 @dataclass(frozen=True)
 class Destination:

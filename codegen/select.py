@@ -86,58 +86,58 @@ def select(
 
 def _choose(region: Region, backends: Sequence[Backend], target: Target, values: list[Any],
             known: dict[str, Choice], budget: float) -> Choice:  # fmt: skip
-    eager = EagerBackend()
-    referee = eager.lower(region, target, Schedule())
-    refused: dict[str, str] = {}
-    kernels: dict[str, Kernel] = {"eager": referee}
-    able = []
-    for backend in backends:
-        reason = backend.supports(region, target)
-        if reason:
-            refused[backend.name] = reason
-        else:
-            able.append(backend)
     key = region.digest()
-    if (before := known.get(key)) is not None:
-        return _repeat(before, region, able, target, referee)
-    if not able:
-        referee.seconds = time_calls(_bound(referee, values), budget=0.01, warmup=1, min_rounds=3).median
-        known[key] = Choice(region, referee, {}, refused)
-        return known[key]
-    wanted = run_kernel(referee, values)
-    for backend in able:
+    if key in known:
+        return _repeat(known[key], region, backends, target)
+    kernels, refused = _candidates(region, backends, target, values)
+    calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
+    rivals: dict[str, float] = {}
+    if len(calls) == 1:
+        kernels["eager"].seconds = time_calls(calls["eager"], budget=0.01, warmup=1, min_rounds=3).median
+        best = "eager"
+    else:
+        rivals = {name: timing.median for name, timing in compare_many(calls, budget=budget).items()}
+        best = min(rivals, key=rivals.__getitem__)
+        if best != "eager" and rivals[best] > GAIN * rivals["eager"]:
+            refused[best] = "not measurably faster than eager"
+            best = "eager"
+        kernels[best].seconds = rivals[best]
+    known[key] = Choice(region, kernels[best], rivals, refused)
+    return known[key]
+
+
+def _candidates(region: Region, backends: Sequence[Backend], target: Target,
+                values: list[Any]) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
+    """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more."""
+    referee = EagerBackend().lower(region, target, Schedule())
+    kernels, refused = {"eager": referee}, dict[str, str]()
+    wanted: list[Any] | None = None
+    for backend in backends:
+        if reason := backend.supports(region, target):
+            refused[backend.name] = reason
+            continue
         for schedule in backend.space(region, target):
-            label = backend.name if schedule.name == "default" else f"{backend.name} {schedule.name}"
+            wanted = run_kernel(referee, values) if wanted is None else wanted
+            label = f"{backend.name} {schedule}"
             try:
                 kernel = backend.lower(region, target, schedule)
                 size, place = difference(run_kernel(kernel, values), wanted)
             except (LowerError, RuntimeError, ValueError, TypeError) as error:
-                refused[label] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                refused[label] = (str(error).splitlines() or [type(error).__name__])[0]
                 continue
             if size > 1:
                 refused[label] = f"wrong answer: {place} deviates {size:.3g} times more than rounding explains"
             else:
                 kernels[label] = kernel
-    calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
-    timings = compare_many(calls, budget=budget) if len(calls) > 1 else {}
-    rivals = {name: timing.median for name, timing in timings.items()}
-    best = min(rivals, key=rivals.__getitem__, default="eager")
-    if best != "eager" and rivals[best] > GAIN * rivals["eager"]:
-        refused[kernels[best].backend] = "not measurably faster than eager"
-        best = "eager"
-    kernels[best].seconds = rivals.get(best)
-    known[key] = Choice(region, kernels[best], rivals, refused)
-    return known[key]
+    return kernels, refused
 
 
-def _repeat(before: Choice, region: Region, able: Sequence[Backend], target: Target, referee: Kernel) -> Choice:
+def _repeat(before: Choice, region: Region, backends: Sequence[Backend], target: Target) -> Choice:
     """The choice for a region that equals one already decided: same code, its own weights."""
     kernel = before.kernel
-    if kernel.backend == "eager":
-        referee.seconds = kernel.seconds
-        return Choice(region, referee, before.rivals, before.refused)
-    if kernel.destinations is None:  # weights are baked into the kernel
-        backend = next(b for b in able if b.name == kernel.backend)
+    if kernel.destinations is None:  # weights and names of nodes are part of the kernel
+        rivals: list[Backend] = [EagerBackend(), *backends]
+        backend = next(b for b in rivals if b.name == kernel.backend)
         kernel = backend.lower(region, target, kernel.schedule)
         kernel.seconds = before.kernel.seconds
     return Choice(region, kernel, before.rivals, before.refused)

@@ -25,7 +25,7 @@ def kernel_rows(choices: Sequence[Choice]) -> list[KernelRow]:
         spent = (kernel.seconds or 0.0) * len(group)
         rows.append(KernelRow(
             kernel.name, backend, [op_name(n) for n in nodes], len(group), kernel.seconds, flops, moved,
-            kernel.schedule.name, kernel.source, dict(kernel.asm), rivals,
+            str(kernel.schedule), kernel.source, dict(kernel.asm), rivals,
             spent / total if total and kernel.seconds else None,
         ))  # fmt: skip
     return sorted(rows, key=lambda r: -(r.share or 0.0))

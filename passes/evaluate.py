@@ -33,7 +33,8 @@ def evaluate(
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
             if node.op == "output":
-                return list(args[0])
+                results: Any = args[0]
+                return list(results)
             value = node.target(*args, **kwargs)  # type: ignore[operator]
         env[node] = value
         if watch is not None:

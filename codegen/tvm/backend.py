@@ -21,6 +21,8 @@ from .values import Unsupported
 # vector instructions (about 5 us on one core) one thread is faster.
 SERIAL_BELOW = 16_000
 
+MOVES = frozenset(("unsqueeze", "squeeze", "permute", "transpose", "slice", "expand"))  # eager only changes strides
+
 
 class TvmBackend:
     """Lowers rows of pointwise operators, last-dimension reductions and layout views that keep the rows."""
@@ -45,7 +47,9 @@ class TvmBackend:
         return None
 
     def space(self, region: Region, target: Target) -> Iterable[Schedule]:
-        """Threaded or not (the likelier first), with two widths of unrolling."""
+        """Threaded or not (the likelier first), with two widths of unrolling; nothing for what eager does for free."""
+        if all(name_of(n) in MOVES for n in region.nodes):
+            return
         plan = make(region)
         work = _work(plan, target)
         first = target.cores > 1 and (work is None or work >= SERIAL_BELOW)

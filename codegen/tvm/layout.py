@@ -1,4 +1,4 @@
-"""Where the elements of tensors lie: sizes and strides as TIR expressions over as few dimensions as possible."""
+"""Where a value lies in memory: sizes, strides and offsets as expressions of symbols, and how to merge them."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def make(region: Region) -> Plan:
     if any(isinstance(e, int) and e == 0 for e in space):
         raise Unsupported("a region without elements")
     build, members, memo = Builder(region, space), set(region.nodes), dict[Any, Value]()
-    tensors = [n.meta["val"] for n in (*region.inputs, *region.outputs)]
+    tensors = [*(n.meta["val"] for n in region.inputs), *map(_result, region.outputs)]
     outputs = []
     for k, node in enumerate(region.outputs):
         at, per_row = build.identity(), False
@@ -99,13 +99,25 @@ def make(region: Region) -> Plan:
                 at = at[:-1]
             elif not _equal(shape(node), (*space[:-1], 1)):
                 raise Unsupported(f"the output {node.name} has another shape than the region")
-        if not contiguous(node.meta["val"]):
-            raise Unsupported(f"the output {node.name} is not contiguous")
         value = read(build, members, memo, node, at)
         if per_row and value.vary:
             raise Unsupported(f"the output {node.name} takes one column of a row")
         outputs.append(Output(value, per_row, _output_access(len(region.inputs) + k, space, per_row)))
     return _finish(space, tensors, outputs)
+
+
+def _result(node: fx.Node) -> torch.Tensor:
+    """What the kernel writes for an output: a contiguous tensor, also where eager would keep permuted strides.
+
+    Later readers take layouts as they come, except callers of the program and code compiled for symbolic strides.
+    """
+    value: torch.Tensor = node.meta["val"]
+    if contiguous(value):
+        return value
+    symbolic = any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
+    if symbolic or any(user.op == "output" for user in node.users):
+        raise Unsupported(f"the output {node.name} is not contiguous")
+    return value.new_empty(value.shape)
 
 
 def _space(region: Region) -> tuple[Extent, ...]:

@@ -353,6 +353,7 @@ RULES: dict[str, Rule] = {
     **{name: _unary(name) for name in
        ("exp", "erf", "tanh", "log", "sqrt", "rsqrt", "sigmoid", "neg", "abs", "reciprocal")},
     "logical_not": _logical("not"), "logical_and": _logical("and"), "logical_or": _logical("or"),
+    "__and__": _logical("and"), "__or__": _logical("or"),
     "bitwise_not": _logical("not"), "bitwise_and": _logical("and"), "bitwise_or": _logical("or"),
     "relu": lambda s: _clamped(s.build, s.value("self"), 0.0, None),
     "clamp": _clamp("min", "max"), "clamp_min": _clamp("min", "-"), "clamp_max": _clamp("-", "max"),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from torchlathe.targets import NoDeviceError, Target, UnknownTargetError, detect, get, names
 from torchlathe.targets.gpu import detect_cuda
 

@@ -14,6 +14,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
+
 from torchlathe.targets import get
 from torchlathe.targets.cost import bytes_moved, flops, seconds, totals
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from torchlathe.targets import cpu
 from torchlathe.targets.cpu import (
     Chip,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+
 from torchlathe.targets import measure
 from torchlathe.targets.measure import Comparison, Timing, compare, compare_many, median_interval, time_calls
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from torchlathe.targets.peaks import Peaks, cached_peaks, measure_peaks
 
 FOUND = Peaks(flops=2.5e11, bandwidth=4.7e10)
