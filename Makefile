@@ -35,6 +35,10 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/rows.py
 	$(BIN)/python bench/zoo_speed.py
 
+docs: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/sphinx-build -W -q docs docs/_build
+
 wheel: $(VENV)/.dev
 	bash .ci/wheel $(BIN)/python
 

@@ -20,7 +20,7 @@ from .eager import op_name
 
 aten = torch.ops.aten
 
-LINEARS = (aten.linear.default,)
+LINEARS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
 CONVS = (aten.conv2d.default, aten.convolution.default, aten.conv1d.default, aten.conv3d.default)
 ADDS = (aten.add.Tensor,)
 
@@ -73,11 +73,14 @@ class OnednnBackend:
         root, *rest = region.nodes
         if root.target not in (*LINEARS, *CONVS):
             return f"{op_name(root)} is neither a linear nor a convolution"
-        value, given = root.meta.get("val"), arguments(root)
+        value, given = root.meta.get("val"), _operands(root)
         if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or not _computes(value.dtype):
             return "only float32 on the CPU is prepacked, and bfloat16 where the processor computes in it"
-        if self._tensor(given["weight"]) is None or (given["bias"] is not None and self._tensor(given["bias"]) is None):
+        weight, bias = self._tensor(given["weight"]), self._tensor(given["bias"])
+        if weight is None or (given["bias"] is not None and bias is None):
             return "the weight or bias is not a constant"
+        if root.target in LINEARS and (reason := _linear_reason(root, weight, bias)):
+            return reason
         if root.target in CONVS and (reason := _conv_reason(root)):
             return reason
         if value.numel() == 0:
@@ -91,9 +94,11 @@ class OnednnBackend:
     def lower(self, region: Region, target: Target, schedule: Schedule) -> Kernel:
         """One call of torch's fused operator with a weight packed for the expected batch."""
         root, *rest = region.nodes
-        given = arguments(root)
+        given = _operands(root)
         weight, bias = self._tensor(given["weight"]), self._tensor(given["bias"])
         assert weight is not None
+        if root.target in LINEARS and root.target is not aten.linear.default:
+            weight = weight.t().contiguous()
         source = region.inputs.index(given["input"])
         added = _other(root, rest[0]) if rest and rest[0].target in ADDS else None
         other = region.inputs.index(added) if added is not None else None
@@ -114,6 +119,28 @@ def _computes(dtype: torch.dtype) -> bool:
     if dtype is torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return dtype is torch.float32
+
+
+def _operands(root: fx.Node) -> dict[str, Any]:
+    """Input, weight and bias of the root, whatever its operator calls them."""
+    given = arguments(root)
+    if root.target is aten.addmm.default:
+        return given | {"input": given["mat1"], "weight": given["mat2"], "bias": given["self"]}
+    if root.target in LINEARS and root.target is not aten.linear.default:
+        first, second = list(given.values())[:2]
+        return given | {"input": first, "weight": second, "bias": None}
+    return given
+
+
+def _linear_reason(root: fx.Node, weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    given = arguments(root)
+    if given.get("beta", 1) != 1 or given.get("alpha", 1) != 1:
+        return "the product or the bias is scaled"
+    if weight.dim() != 2 or (bias is not None and bias.dim() != 1) or (bias is not None and bias.numel() == 1):
+        return "the weight is not a matrix with a bias per column"
+    if root.target is aten.matmul.default and _operands(root)["input"].meta["val"].dim() < 2:
+        return "a vector times a matrix"
+    return None
 
 
 def _conv_reason(root: fx.Node) -> str | None:
@@ -163,7 +190,7 @@ def _finished(call: Callable[..., Any], last: Callable[[torch.Tensor], Any] | No
 
 def _linear(root: fx.Node, weight: torch.Tensor, bias: torch.Tensor | None, source: int, other: int | None,
             post: Post) -> Callable[..., Any]:  # fmt: skip
-    value = arguments(root)["input"].meta["val"]
+    value = _operands(root)["input"].meta["val"]
     rows = [s if isinstance(s, int) else s.node.hint or 1 for s in value.shape[:-1]]
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, torch.Size(rows).numel())
     attribute, scalars, algorithm = post

@@ -15,6 +15,7 @@ from ..codegen.executable import Executable
 from ..passes.capture import capture_graph
 from ..passes.errors import LatheError
 from ..passes.program import Program
+from ..targets.measure import compare
 from .api import compile_program
 from .pipeline import PASSES
 
@@ -43,9 +44,12 @@ def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any], **optio
         return module.forward
     door = _Door(module, bool(options.get("timed", False)))
     try:
-        door.compile(example_inputs)
+        executable = door.compile(example_inputs)
     except LatheError as error:
         log.warning("torchlathe leaves a graph as it is: %s", error)
+        return module.forward
+    if door.loses(executable, example_inputs):
+        log.info("torchlathe leaves a graph as it is: nothing in it could be made faster")
         return module.forward
     return door
 
@@ -76,6 +80,15 @@ class _Door:
         known = tuple((inputs[i], inputs[i]._version, inputs[i].data_ptr()) for i in self.static)
         self.variants.insert(0, (known, executable))
         return executable
+
+    def loses(self, executable: Executable, inputs: Sequence[Any]) -> bool:
+        """Whether the executable is measurably slower than the graph as it came."""
+        if executable.program.state:
+            return False
+        values = [_concrete(i) for i in inputs]
+        with torch.no_grad():
+            seen = compare(lambda: self.module.forward(*values), lambda: self(*values), budget=0.3)
+        return seen.slower
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the executable that was compiled for these very parameters."""

@@ -56,6 +56,27 @@ def test_linear(shape, bias):
     check(nn.Linear(16, 24, bias=bias), torch.randn(shape))
 
 
+class Product(nn.Module):
+    """x times a stored matrix [16, 24], with a bias per column if asked for."""
+
+    def __init__(self, op, bias):
+        super().__init__()
+        self.op, self.weight = op, nn.Parameter(torch.randn(16, 24))
+        self.bias = nn.Parameter(torch.randn(24)) if bias else None
+
+    def forward(self, x):
+        return self.op(x, self.weight) if self.bias is None else self.op(self.bias, x, self.weight)
+
+
+@pytest.mark.parametrize("shape", [(4, 16), (2, 5, 16)])
+def test_products_with_a_stored_matrix(shape):
+    check(Product(torch.matmul, False), torch.randn(shape))
+    if len(shape) == 2:
+        check(Product(torch.mm, False), torch.randn(shape))
+        check(Product(torch.addmm, True), torch.randn(shape))
+        assert len(check(nn.Sequential(Product(torch.addmm, True), nn.GELU()), torch.randn(shape))) == 1
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_are_fused(name):
     choices = check(nn.Sequential(nn.Linear(16, 24), ACTIVATIONS[name]), torch.randn(7, 16))
