@@ -92,10 +92,6 @@ class Executable(torch.nn.Module):
         with torch.no_grad():
             return self._run(*flat)  # type: ignore[no-any-return]
 
-    def adopt(self, other: Executable) -> None:
-        """Run as `other` does from now on."""
-        self.choices, self._run, self.source = other.choices, other._run, other.source
-
     def _flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Any]:
         count, keywords = self._leaves
         if count == len(args) and len(keywords) == len(kwargs):

@@ -16,7 +16,6 @@ from .. import __version__, targets
 from .. import passes as P
 from ..codegen.cache import load as load_artefact
 from ..codegen.executable import Executable
-from ..codegen.lower import lower, lower_eager
 from ..passes.base import Context, Pass
 from ..passes.capture import capture
 from ..passes.errors import InputError, LatheError, UnknownNameError
@@ -25,7 +24,7 @@ from ..targets.measure import compare
 from ..targets.target import Target
 from .judge import Judge
 from .kernels import kernel_rows
-from .pipeline import PASSES, run_passes
+from .pipeline import PASSES, lower_and_judge, run_passes
 from .quality import Quality, agreement
 from .report import Report
 
@@ -105,14 +104,14 @@ def compile_program(
         torch.manual_seed(0)
         wanted = program.run(flat)
     ctx = Context(target, data=data, quality=quality)
-    best, steps = run_passes(program, passes, ctx, Judge(flat, wanted, timed=timed), limit=limit, progress=progress)
-    choices, notes = lower(best, target, flat, progress=progress)
-    report = Report(model="", target=target.name, device=_device(target), steps=steps, notes=notes)
-    report.graph_before, report.graph_after = before, best.text()
-    report.versions = _versions()
-    result = Executable(best, choices, model=original, report=report)
-    report.kernels = kernel_rows(choices)
+    judge = Judge(flat, wanted, timed=timed)
+    best, steps = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
+    result, step, notes = lower_and_judge(best, target, judge, progress)
+    result.__dict__["_model"] = original
+    report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result.choices), notes=notes)
+    report.graph_before, report.graph_after, report.versions = before, best.text(), _versions()
     report.counts = result.counts
+    result.report = report
     if data is not None:
         found = [(best.run(b), program.run(b)) for b in map(pytree.tree_leaves, data)]
         score = sum(agreement(a, b) for a, b in found) / max(len(found), 1)
@@ -188,19 +187,11 @@ def _runnable(target: str | Target) -> Target:
 
 def _compare_with_model(result: Executable, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
                         tell: Progress) -> None:  # fmt: skip
-    """Time the executable against the model as the user calls it; fall back to plain calls if that is faster."""
+    """Time the executable against the model as the user calls it."""
     tell("compare with the original model")
     report = result.report
     with torch.no_grad():
         seen = compare(lambda: model(*args, **kwargs), lambda: result(*args, **kwargs), budget=1.5)
-        if seen.slower:
-            plain = Executable(result.program, lower_eager(result.program, _runnable(report.target)))
-            second = compare(lambda: result(*args, **kwargs), lambda: plain(*args, **kwargs), budget=1.0)
-            if second.faster:
-                result.adopt(plain)
-                report.kernels = []
-                report.notes.append("compiled kernels lost against plain operators in the whole model and are not used")
-                seen = compare(lambda: model(*args, **kwargs), lambda: result(*args, **kwargs), budget=1.5)
     report.eager_seconds, report.seconds = seen.a.median, seen.b.median
     report.ratio, report.ratio_low, report.ratio_high = 1 / seen.ratio, 1 / seen.high, 1 / seen.low
     if seen.slower:

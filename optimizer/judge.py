@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from ..codegen.executable import Executable
 from ..codegen.lower import trial
 from ..passes.base import Context, Fidelity, Pass
 from ..passes.errors import VerifyError
 from ..passes.program import Program
-from ..passes.verify import same_answers, well_formed
+from ..passes.verify import difference, same_answers, well_formed
 from ..targets.measure import compare
 from .report import Step
 
@@ -48,10 +49,26 @@ class Judge:
             return replace(step, reason=error.what)
         if not self.timed or _calls(before) == _calls(after):
             return replace(step, kept=True)
-        old, new = trial(before, ctx.target), trial(after, ctx.target)
+        return self._race(trial(before, ctx.target), trial(after, ctx.target), step, rewrite.fidelity)
+
+    def decide_lowering(self, plain: Executable, lowered: Executable, step: Step) -> Step:
+        """The step with its verdict: the kernels together must give the original's answers and not be slower."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            size, place = difference(lowered.measured(self.inputs), self.wanted)
+        if size > 1:
+            return replace(step, reason=f"{place} deviates {size:.3g} times more than rounding explains")
+        return self._race(plain, lowered, step, Fidelity.EXACT) if self.timed else replace(step, kept=True)
+
+    def _race(self, old: Executable, new: Executable, step: Step, fidelity: Fidelity) -> Step:
         seen = compare(lambda: old.measured(self.inputs), lambda: new.measured(self.inputs), budget=self.budget)
-        step = replace(step, seconds_before=seen.a.median, seconds_after=seen.b.median,
-                       ratio_low=1 / seen.high, ratio_high=1 / seen.low)  # fmt: skip
-        if seen.slower or (rewrite.fidelity is Fidelity.LOSSY and not seen.faster):
+        step = replace(
+            step,
+            seconds_before=seen.a.median,
+            seconds_after=seen.b.median,
+            ratio_low=1 / seen.high,
+            ratio_high=1 / seen.low,
+        )
+        if seen.slower or (fidelity is Fidelity.LOSSY and not seen.faster):
             return replace(step, reason="measurably slower" if seen.slower else "not measurably faster")
         return replace(step, kept=True)

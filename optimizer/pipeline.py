@@ -8,9 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from .. import passes as P
-from ..passes.base import Context, Pass, Refusal
+from ..codegen.executable import Executable
+from ..codegen.lower import lower, lower_eager
+from ..passes.base import Context, Fidelity, Pass, Refusal
 from ..passes.program import Program
 from ..targets import cost
+from ..targets.target import Target
 from .judge import Judge
 from .report import Step
 
@@ -59,6 +62,24 @@ def run_passes(
                 program = replace(fork, history=(*program.history, rewrite.name))
         steps.append(replace(step, took=time.perf_counter() - start))
     return program, steps
+
+
+def lower_and_judge(
+    program: Program, target: Target, judge: Judge, progress: Callable[[str], None] | None = None
+) -> tuple[Executable, Step, list[str]]:
+    """Lower the final program; the measured kernels stay if, as a whole, they beat plain operators."""
+    start = time.perf_counter()
+    choices, notes = lower(program, target, judge.inputs, progress=progress)
+    plain = Executable(program, lower_eager(program, target))
+    sites = sum(c.kernel.backend != "eager" for c in choices)
+    step = Step("lower", Fidelity.EXACT.value, sites, **_counts(program, "before"), **_counts(program, "after"))
+    if sites == 0:
+        step, result = replace(step, refusal="no backend beats plain operators anywhere"), plain
+    else:
+        result = Executable(program, choices)
+        step = judge.decide_lowering(plain, result, step)
+        result = result if step.kept else plain
+    return result, replace(step, took=time.perf_counter() - start), notes
 
 
 def _counts(program: Program, when: str) -> dict[str, Any]:
