@@ -120,7 +120,7 @@ class _Loader:
         name, library = str(row["backend"]), row["library"]
         kernel = None
         if name == "onednn":
-            kernel = self._lowered(OnednnBackend(self.program.weights), region, schedule)
+            kernel = self._lowered(OnednnBackend(self.program), region, schedule)
         elif name == "tvm":
             kernel = self._loaded(region, row, schedule) if library is not None and self.native else None
             kernel = kernel or self._compiled(region, schedule)

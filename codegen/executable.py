@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from .guards import guard_source
 from .save import save
 from .select import Choice
 from .source import Source, releases
+
+CPU = torch.device("cpu")
 
 
 class Executable(torch.nn.Module):
@@ -72,6 +74,9 @@ class Executable(torch.nn.Module):
 
     def run_flat(self, flat: Sequence[Any]) -> Sequence[Any]:
         """Run on flat inputs, write carried tensors back, return the flat results (carried tensors included)."""
+        if torch.is_autocast_enabled("cpu"):  # its effect, if any, was captured with the graph
+            with torch.autocast("cpu", enabled=False):
+                return self.run_flat(flat)
         grad = torch.is_grad_enabled()
         if grad:
             torch._C._set_grad_enabled(False)
@@ -126,6 +131,31 @@ class Executable(torch.nn.Module):
             f"called with {_shape_of_call(pytree.tree_structure((args, dict(kwargs))))}",
             next_step="call it as the example was, or optimize again with this call as the example",
         )
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        """The original model's parameters; none for an executable that was loaded from a file."""
+        return iter(()) if self._model is None else self._model.parameters(recurse)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """As `parameters`, with names."""
+        return iter(()) if self._model is None else self._model.named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The original model's state; empty for an executable that was loaded from a file."""
+        return {} if self._model is None else self._model.state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Executable:
+        """Executables are for inference. Raises InputError if asked to train."""
+        if mode:
+            raise InputError("a compiled program cannot be trained", next_step="train the model, then optimize again")
+        return super().train(False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        raise InputError("a compiled program cannot be moved or converted",
+                         next_step="convert the model, then optimize again")  # fmt: skip
+
+    def __deepcopy__(self, memo: Any) -> Executable:
+        return self  # nothing in it changes between calls
 
     def save(self, path: str) -> None:
         """Write the artefact: one file with graph, weights, kernels, report and a checked manifest."""
@@ -197,6 +227,8 @@ def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[...
         _emit(source, choice, names)
         if done:
             source.lines.append(f"del {', '.join(names[n] for n in done)}")
+    for node in dict.fromkeys(n for n in outputs if n.op == "call_function"):
+        source.as_traced(node, names)
     result = source.literal(tuple(program.outputs), names)
     return source.build(parameters, result)
 
@@ -228,7 +260,5 @@ def _emit_buffers(source: Source, kernel: Kernel, inputs: Sequence[fx.Node], mad
     for name, destination in zip(made, kernel.destinations or (), strict=True):
         extents = [str(e) if isinstance(e, int) else f"{names[inputs[e[0]]]}.shape[{e[1]}]" for e in destination.shape]
         shape = f"({', '.join(extents)},)" if extents else "()"
-        if destination.dtype is torch.get_default_dtype():
-            source.lines.append(f"{name} = {empty}({shape})")
-        else:
-            source.lines.append(f"{name} = {empty}({shape}, dtype={source.bind(destination.dtype, 'dtype')})")
+        dtype, cpu = source.bind(destination.dtype, "dtype"), source.bind(CPU, "device")
+        source.lines.append(f"{name} = {empty}({shape}, dtype={dtype}, device={cpu})")

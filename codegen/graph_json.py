@@ -136,7 +136,8 @@ def _encode_node(program: Program, node: fx.Node, place: Mapping[fx.Node, int], 
         return [node.op, node.name, str(node.target), value]
     args = [encode_value(a, place) for a in node.args]
     kwargs = {k: encode_value(v, place) for k, v in node.kwargs.items()}
-    return [node.op, node.name, name_of(node.target), value, args, kwargs]
+    traced = _encode_meta(node.meta["traced"], used) if "traced" in node.meta else None
+    return [node.op, node.name, name_of(node.target), value, args, kwargs, traced]
 
 
 def _encode_meta(value: Any, used: set[sympy.Symbol]) -> Json:
@@ -180,6 +181,8 @@ def decode_program(
         node = _decode_node(graph, record, nodes, weights)
         if record[3] is not None:
             node.meta["val"] = _decode_meta(record[3], symbols, mode)
+        if len(record) > 6 and record[6] is not None:
+            node.meta["traced"] = _decode_meta(record[6], symbols, mode)
         nodes.append(node)
     outputs = tuple(decode_value(v, nodes) for v in stored["outputs"])
     graph.output(outputs)

@@ -11,6 +11,7 @@ import torch
 from ..passes.errors import InputError
 from ..passes.program import Program
 from ..passes.text import describe
+from .layouts import layout_lines
 from .source import Source
 from .symbols import encode, expression_of, python_text, relations
 
@@ -41,7 +42,7 @@ def guard_source(source: Source, program: Program, parameters: list[str]) -> Non
     for node, name in zip(inputs, parameters, strict=True):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dim():
-            source.lines.extend(_layout_lines(source, value, name))
+            source.lines.extend(layout_lines(source.bind, value, name))
 
 
 def _condition(source: Source, value: Any, name: str) -> str:
@@ -131,42 +132,6 @@ def _size_text(size: Any, bound: dict[str, str]) -> str:
         return python_text(encode(expression_of(size)), bound)
     except (KeyError, ValueError) as error:
         raise InputError(f"the size {size} cannot be computed from the inputs") from error
-
-
-def _layout_lines(source: Source, value: torch.Tensor, name: str) -> list[str]:
-    """Copy an input into the layout that was compiled for, if it comes in another one."""
-    if value.is_contiguous():
-        return [f"if not {name}.is_contiguous(): {name} = {name}.contiguous()"]
-    if not any(isinstance(s, torch.SymInt) for s in value.stride()):
-        stride = tuple(value.stride())
-        restride = source.bind(_restride, "restride")
-        return [f"if {name}.stride() != {stride}: {name} = {restride}({name}, {stride})"]
-    order = _dense_order(value)
-    if order is None:
-        return []
-    inverse = tuple(order.index(d) for d in range(len(order)))
-    return [f"if not {name}.permute({tuple(order)}).is_contiguous(): "
-            f"{name} = {name}.permute({tuple(order)}).contiguous().permute({inverse})"]  # fmt: skip
-
-
-def _dense_order(value: torch.Tensor) -> list[int] | None:
-    """The order of dimensions in which a tensor of symbolic size lies dense in memory, None if it has gaps."""
-    hints = [[_hint(s) for s in sizes] for sizes in (value.stride(), value.shape)]
-    order = sorted(range(value.dim()), key=lambda d: (-hints[0][d], -hints[1][d]))
-    expected = 1
-    for dim in reversed(order):
-        if hints[1][dim] != 1 and hints[0][dim] != expected:
-            return None
-        expected *= hints[1][dim]
-    return order
-
-
-def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint or 1)
-
-
-def _restride(value: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _mismatch(program: Program, values: tuple[Any, ...]) -> InputError:

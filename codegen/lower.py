@@ -21,9 +21,11 @@ def backends(program: Program, target: Target) -> tuple[list[Backend], list[str]
     found: list[Backend] = []
     notes: list[str] = []
     if target.device == "cpu":
-        found.append(OnednnBackend(program.weights))
+        found.append(OnednnBackend(program))
         if importlib.util.find_spec("tvm") is None:
-            notes.append("tvm is not installed: pointwise and row regions run eagerly (pip install apache-tvm)")
+            notes.append(
+                "tvm is not installed: pointwise and row regions run eagerly; install torchlathe with its dependencies"
+            )
         else:
             from .tvm.backend import TvmBackend
 
@@ -52,7 +54,7 @@ def lower(
 
 def lower_unmeasured(program: Program, target: Target) -> list[Choice]:
     """Kernels chosen without timing: prepacked linear and convolution where possible, eager elsewhere."""
-    rivals: list[Backend] = [OnednnBackend(program.weights)] if target.device == "cpu" else []
+    rivals: list[Backend] = [OnednnBackend(program)] if target.device == "cpu" else []
     eager, choices = EagerBackend(), []
     for region in partition(program, rivals, target):
         backend = next((b for b in rivals if b.supports(region, target) is None), eager)

@@ -7,13 +7,14 @@ torch. Weights are reordered once at compile time into the layout that oneDNN ch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..passes.nodes import arguments
+from ..passes.program import Program
 from ..targets.target import Target
 from .base import Kernel, Region, Schedule
 from .eager import op_name
@@ -31,10 +32,7 @@ NO_POST: Post = ("none", [], "")
 def post_operation(node: fx.Node) -> Post | None:
     """oneDNN's name for an activation that it computes as torch does, NaN and Inf included; None if it has none."""
     given = arguments(node)
-    plain = {
-        aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh", aten.hardswish.default: "hardswish",
-        aten.silu.default: "swish",
-    }  # fmt: skip
+    plain = {aten.sigmoid.default: "sigmoid", aten.tanh.default: "tanh", aten.silu.default: "swish"}
     if node.target in plain:
         return plain[node.target], [], ""
     if node.target is aten.gelu.default:
@@ -45,10 +43,14 @@ def post_operation(node: fx.Node) -> Post | None:
 
 
 def in_place(node: fx.Node) -> Callable[[torch.Tensor], Any] | None:
-    """An activation to run in the fresh result. oneDNN's own relu and clamp turn NaN into a number, torch's do not."""
+    """An activation to run in the fresh result: oneDNN's relu and clamp lose NaN, its hardswish loses large numbers."""
     given = arguments(node)
+    if any(isinstance(v, fx.Node) for v in [*node.args[1:], *node.kwargs.values()]):
+        return None  # a bound that is only known at run time
     if node.target is aten.relu.default:
         return torch.relu_
+    if node.target is aten.hardswish.default:
+        return torch._C._nn.hardswish_
     if node.target is aten.hardtanh.default:
         low, high = given["min_val"], given["max_val"]
         return lambda value: torch._C._nn.hardtanh_(value, low, high)
@@ -63,8 +65,8 @@ class OnednnBackend:
 
     name = "onednn"
 
-    def __init__(self, weights: Mapping[str, Any]) -> None:
-        self.weights = weights
+    def __init__(self, program: Program) -> None:
+        self.program = program
 
     def supports(self, region: Region, target: Target) -> str | None:
         """None, or why oneDNN's fused operators do not cover the region."""
@@ -109,10 +111,7 @@ class OnednnBackend:
         return Kernel(name, self.name, call, source=f"mkldnn::{name}", schedule=schedule)
 
     def _tensor(self, value: Any) -> torch.Tensor | None:
-        if not isinstance(value, fx.Node) or value.op != "get_attr":
-            return None
-        found = self.weights.get(str(value.target))
-        return found if isinstance(found, torch.Tensor) else None
+        return self.program.constant(value)  # None for carried tensors too: they change between calls
 
 
 def _computes(dtype: torch.dtype) -> bool:

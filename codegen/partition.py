@@ -54,7 +54,7 @@ class _Cut:
     def _convex(self, union: Sequence[fx.Node]) -> bool:
         """Whether merging leaves the quotient graph acyclic: no way out of the union leads back into it."""
         members = set(union)
-        first = self.position[union[0]]
+        first = self._floor(self.position[union[0]])
         stack = [s for n in union for s in n.all_input_nodes if s in self.position and s not in members]
         seen: set[int] = set()
         while stack:
@@ -69,6 +69,14 @@ class _Cut:
                     if source in self.position:
                         stack.append(source)
         return True
+
+    def _floor(self, first: int) -> int:
+        """The position below which nothing depends on a node from `first` on, clusters that reach across counted in."""
+        wide = {id(g): g for g in self.cluster.values() if len(g) > 1}.values()
+        for group in sorted(wide, key=lambda g: self.position[g[-1]], reverse=True):
+            if self.position[group[-1]] >= first:
+                first = min(first, self.position[group[0]])
+        return first
 
     def ordered(self) -> list[Region]:
         """The clusters as regions, topologically sorted, close to the program's own order."""

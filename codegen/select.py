@@ -87,8 +87,8 @@ def select(
 def _choose(region: Region, backends: Sequence[Backend], target: Target, values: list[Any],
             known: dict[str, Choice], budget: float) -> Choice:  # fmt: skip
     key = region.digest()
-    if key in known:
-        return _repeat(known[key], region, backends, target)
+    if key in known and (again := _repeat(known[key], region, backends, target)) is not None:
+        return again
     kernels, refused = _candidates(region, backends, target, values)
     calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
     rivals: dict[str, float] = {}
@@ -132,12 +132,14 @@ def _candidates(region: Region, backends: Sequence[Backend], target: Target,
     return kernels, refused
 
 
-def _repeat(before: Choice, region: Region, backends: Sequence[Backend], target: Target) -> Choice:
+def _repeat(before: Choice, region: Region, backends: Sequence[Backend], target: Target) -> Choice | None:
     """The choice for a region that equals one already decided: same code, its own weights."""
     kernel = before.kernel
     if kernel.destinations is None:  # weights and names of nodes are part of the kernel
         rivals: list[Backend] = [EagerBackend(), *backends]
         backend = next(b for b in rivals if b.name == kernel.backend)
+        if backend.supports(region, target) is not None:  # what was a weight there is computed or carried here
+            return None
         kernel = backend.lower(region, target, kernel.schedule)
         kernel.seconds = before.kernel.seconds
     return Choice(region, kernel, before.rivals, before.refused)
@@ -178,6 +180,7 @@ def _note_layouts_of(node: fx.Node, value: Any) -> None:
         return
     if any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride())) or fake.stride() == value.stride():
         return
+    node.meta.setdefault("traced", fake)  # what the caller of the program may rely on
     with fake.fake_mode:  # type: ignore[attr-defined]
         node.meta["val"] = torch.empty_strided(fake.shape, value.stride(), dtype=fake.dtype, device=fake.device)
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from .layouts import layout_lines
+
 # ATen operators whose C++ Python binding of the same name takes the same arguments in the same order as the operator's
 # schema. Calling the binding skips the generic boxed path of `torch.ops` and saves 0.4 to 1 us a call.
 BOUND = frozenset(
@@ -21,17 +23,20 @@ BOUND = frozenset(
     clamp maximum minimum erf sin cos roll flip tril triu flatten log_softmax split_with_sizes""".split()
 )
 
+# Operators whose result depends on the strides of their input.
+READS_LAYOUT = frozenset(("aten.as_strided.default", "aten.view_as_complex.default", "aten.view.dtype"))
+
 
 def fast_callable(target: Any) -> Callable[..., Any]:
     """The cheapest callable that computes what `target` computes."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return target  # type: ignore[no-any-return]
     name = target._schema.name.removeprefix("aten::")
-    if name in ("view", "_unsafe_view"):  # kernels may yield another layout than the graph was traced with
-        return torch.reshape
+    if name in ("view", "_unsafe_view") and target._overloadname != "dtype":
+        return torch.reshape  # kernels may yield another layout than the graph was traced with
     if name == "sym_size":
         return torch._C.TensorBase.size
-    if name not in BOUND or target._overloadname in ("out", "names_dim", "names", "dimname", "Dimname"):
+    if name not in BOUND or target._overloadname in ("out", "names_dim", "names", "dimname", "Dimname", "dtype"):
         return target
     for owner in (torch._C._VariableFunctions, torch._C._nn, torch._C.TensorBase):
         if hasattr(owner, name):
@@ -83,8 +88,16 @@ class Source:
 
     def node(self, node: fx.Node, names: dict[fx.Node, str]) -> None:
         """Append a graph node and name its value."""
+        if str(node.target) in READS_LAYOUT and isinstance(node.args[0], fx.Node):
+            self.as_traced(node.args[0], names)
         names[node] = f"v{len(names)}"
         self.call(names[node], fast_callable(node.target), node.args, node.kwargs, names)
+
+    def as_traced(self, node: fx.Node, names: Mapping[fx.Node, str]) -> None:
+        """Append lines that give a value the layout which it had when the program was traced."""
+        value = node.meta.get("traced", node.meta.get("val"))
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dim():
+            self.lines.extend(layout_lines(self.bind, value, names[node]))
 
     def build(self, parameters: Iterable[str], result: str) -> tuple[Callable[..., Any], str]:
         """The compiled function and its text."""

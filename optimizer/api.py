@@ -22,9 +22,9 @@ from ..passes.errors import InputError, LatheError, UnknownNameError
 from ..passes.program import Program
 from ..targets.measure import compare
 from ..targets.target import Target
-from .judge import Judge
+from .judge import Judge, lower_and_judge
 from .kernels import kernel_rows
-from .pipeline import PASSES, lower_and_judge, run_passes
+from .pipeline import PASSES, run_passes
 from .quality import Quality, agreement
 from .report import Report
 
@@ -58,13 +58,32 @@ def optimize(
         limit: stop after this many kept rewrites.
         progress: called with a short sentence at each step.
 
+    The result is for inference: it returns tensors without gradients, and packs weights, so that writing into the
+    model's parameters afterwards is seen in part at most. Optimize again after such a change.
+
     Raises:
         CaptureError: the model cannot be captured as one graph.
         UnknownNameError: no pass or target of that name.
     """
+    with torch.random.fork_rng(devices=[]):  # timing and checking must not move the user's random numbers
+        return _optimize(model, args, kwargs, target, passes, data, quality, dynamic_shapes, limit, progress)
+
+
+def _optimize(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    target: str | Target,
+    passes: Sequence[str | Pass] | None,
+    data: Sequence[Any] | None,
+    quality: Quality | None,
+    dynamic_shapes: Any,
+    limit: int | None,
+    progress: Progress | None,
+) -> Executable:
     start, tell = time.perf_counter(), progress or (lambda sentence: None)
-    chosen = _runnable(target)
-    rewrites = PASSES if passes is None else tuple(find_pass(p) for p in passes)
+    chosen, rewrites = _runnable(target), _chosen(passes)
+    _check_example(args)
     tell("capture")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
@@ -99,7 +118,7 @@ def compile_program(
         original: the module whose attributes the executable passes through.
         timed: judge rewrites by time as well as by answers.
     """
-    before = program.text()
+    before, flat = program.text(), [_dense(v) for v in flat]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         wanted = program.run(flat)
@@ -131,7 +150,8 @@ def explain(
     """A dry run: which passes would fire, at how many sites, and why the others would not. Nothing is timed."""
     start = time.perf_counter()
     chosen = target if isinstance(target, Target) else find_target(target)
-    rewrites = PASSES if passes is None else tuple(find_pass(p) for p in passes)
+    rewrites = _chosen(passes)
+    _check_example(args)
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
     with torch.no_grad():
@@ -151,6 +171,16 @@ def load(path: str | os.PathLike[str], *, native: bool = True) -> Executable:
         ArtefactError: the file is missing, damaged or foreign; nothing of it was used.
     """
     return load_artefact(path, native=native, decode_report=Report.from_dict)
+
+
+def _chosen(passes: str | Sequence[str | Pass] | None) -> tuple[Pass, ...]:
+    listed = [passes] if isinstance(passes, str) else passes
+    return PASSES if listed is None else tuple(find_pass(p) for p in listed)
+
+
+def _check_example(args: Any) -> None:
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"args is a {type(args).__name__}, not a tuple of positional inputs", next_step="pass (x,)")
 
 
 def find_pass(wanted: str | Pass) -> Pass:
@@ -196,6 +226,12 @@ def _compare_with_model(result: Executable, model: torch.nn.Module, args: Sequen
     report.ratio, report.ratio_low, report.ratio_high = 1 / seen.ratio, 1 / seen.high, 1 / seen.low
     if seen.slower:
         report.notes.append("slower than the original model: this model is better left as it is")
+
+
+def _dense(value: Any) -> Any:
+    """The value, with memory of its own for each element if it was expanded."""
+    overlaps = isinstance(value, torch.Tensor) and value.layout is torch.strided and 0 in value.stride()
+    return value.contiguous() if overlaps else value
 
 
 def _example_of(model: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from torch import fx
 from .. import targets
 from ..codegen.executable import Executable
 from ..passes.capture import capture_graph
-from ..passes.errors import LatheError
+from ..passes.errors import LatheError, UnknownNameError
 from ..passes.program import Program
 from ..targets.measure import compare
 from .api import compile_program
@@ -42,7 +42,10 @@ def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any], **optio
     if any(t.device.type != "cpu" for t in tensors):
         log.warning("torchlathe compiles CPU graphs only so far: this graph runs unchanged")
         return module.forward
-    door = _Door(module, bool(options.get("timed", False)))
+    given = dict(options.get("options") or {}) | {k: v for k, v in options.items() if k != "options"}
+    if unknown := set(given) - {"timed"}:
+        raise UnknownNameError(f"torchlathe has no option {', '.join(sorted(unknown))}; known: timed")
+    door = _Door(module, bool(given.get("timed", False)))
     try:
         executable = door.compile(example_inputs)
     except LatheError as error:
@@ -64,20 +67,24 @@ class _Door:
         self.module, self.timed = module, timed
         self.static: tuple[int, ...] = ()
         self.dynamic: tuple[int, ...] = ()
+        self.mutated: list[int] = []
+        self.examples: list[Any] = []  # fake inputs of the first trace: they know which sizes vary
         self.variants: list[tuple[tuple[Constant, ...], Executable]] = []
         self.lock = threading.Lock()
 
     def compile(self, inputs: Sequence[Any]) -> Executable:
         """Capture the graph, make its parameters constants, optimize and lower it for these inputs."""
-        program = capture_graph(self.module, inputs)
+        program = capture_graph(self.module, self.examples or inputs)
+        self.examples = [n.meta.get("val", v) for n, v in zip(program.inputs, inputs, strict=True)]
         mutated = {s.slot for s in program.state}
+        self.mutated = sorted(s for s in mutated if isinstance(s, int))
         static = [i for i, v in enumerate(inputs) if _is_static(v) and i not in mutated]
         program = _bind(program, {i: inputs[i] for i in static})
         self.static = tuple(static)
         self.dynamic = tuple(i for i in range(len(inputs)) if i not in set(static))
         flat = [_concrete(inputs[i]) for i in self.dynamic]
         executable = compile_program(program, flat, targets.get("cpu"), PASSES, timed=self.timed)
-        known = tuple((inputs[i], inputs[i]._version, inputs[i].data_ptr()) for i in self.static)
+        known = tuple((inputs[i], _version(inputs[i]), inputs[i].data_ptr()) for i in self.static)
         self.variants.insert(0, (known, executable))
         return executable
 
@@ -92,9 +99,11 @@ class _Door:
 
     def __call__(self, *inputs: Any) -> Any:
         """Run the executable that was compiled for these very parameters."""
+        if self.mutated and _overlap(inputs, self.mutated):
+            return self.module.forward(*inputs)  # a write through one input changes another
         for known, executable in self.variants:
             for index, (tensor, version, address) in zip(self.static, known, strict=True):
-                if inputs[index] is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                if inputs[index] is not tensor or _version(tensor) != version or tensor.data_ptr() != address:
                     break
             else:
                 results = executable.run_flat([inputs[i] for i in self.dynamic])
@@ -104,14 +113,27 @@ class _Door:
     def _other(self, inputs: Sequence[Any]) -> Any:
         """Parameters that were replaced or written since: compile again, or run unchanged if that never ends."""
         with self.lock:
-            alive = [v for v in self.variants if all(t._version == n and t.data_ptr() == a for t, n, a in v[0])]
+            alive = [v for v in self.variants if all(_version(t) == n and t.data_ptr() == a for t, n, a in v[0])]
             self.variants = alive
             if len(alive) >= VARIANTS or (
                 torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs)
             ):
                 return self.module.forward(*inputs)
-            executable = self.compile(inputs)
+            try:
+                executable = self.compile(inputs)
+            except LatheError as error:
+                log.warning("torchlathe leaves a graph as it is: %s", error)
+                return self.module.forward(*inputs)
         return list(executable.run_flat([inputs[i] for i in self.dynamic])[: executable.program.out_spec.num_leaves])
+
+
+def _overlap(inputs: Sequence[Any], written: Sequence[int]) -> bool:
+    places = [t.untyped_storage().data_ptr() if isinstance(t, torch.Tensor) else None for t in inputs]
+    return any(places.count(places[i]) > 1 for i in written)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors are not counted
 
 
 def _is_static(value: Any) -> bool:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..codegen.executable import Executable
-from ..codegen.lower import trial
+from ..codegen.lower import lower, lower_eager, trial
 from ..passes.base import Context, Fidelity, Pass
 from ..passes.errors import VerifyError
 from ..passes.program import Program
 from ..passes.verify import difference, same_answers, well_formed
+from ..targets import cost
 from ..targets.measure import compare
+from ..targets.target import Target
 from .report import Step
 
 
@@ -72,3 +75,28 @@ class Judge:
         if seen.slower or (fidelity is Fidelity.LOSSY and not seen.faster):
             return replace(step, reason="measurably slower" if seen.slower else "not measurably faster")
         return replace(step, kept=True)
+
+
+def lower_and_judge(
+    program: Program, target: Target, judge: Judge, progress: Callable[[str], None] | None = None
+) -> tuple[Executable, Step, list[str]]:
+    """Lower the final program; the measured kernels stay if, as a whole, they beat plain operators."""
+    start = time.perf_counter()
+    choices, notes = lower(program, target, judge.inputs, progress=progress)
+    plain = Executable(program, lower_eager(program, target))
+    sites = sum(c.kernel.backend != "eager" for c in choices)
+    step = Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
+    if sites == 0:
+        step, result = replace(step, refusal="no backend beats plain operators anywhere"), plain
+    else:
+        result = Executable(program, choices)
+        step = judge.decide_lowering(plain, result, step)
+        result = result if step.kept else plain
+    return result, replace(step, took=time.perf_counter() - start), notes
+
+
+def counts(program: Program, when: str) -> dict[str, Any]:
+    """Size of a program as the fields of a Step, `when` being before or after."""
+    calls = [n for n in program.graph.nodes if n.op == "call_function"]
+    flops, moved = cost.totals(calls)
+    return {f"nodes_{when}": len(calls), f"flops_{when}": flops, f"bytes_{when}": moved}

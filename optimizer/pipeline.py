@@ -5,16 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from .. import passes as P
-from ..codegen.executable import Executable
-from ..codegen.lower import lower, lower_eager
-from ..passes.base import Context, Fidelity, Pass, Refusal
+from ..passes.base import Context, Pass, Refusal
 from ..passes.program import Program
-from ..targets import cost
-from ..targets.target import Target
-from .judge import Judge
+from .judge import Judge, counts
 from .report import Step
 
 # Folds first, since they delete work; then fusions, which want their operands in final form; then the sweep.
@@ -51,38 +46,17 @@ def run_passes(
         if progress:
             progress(f"pass {rewrite.name}")
         start, fork = time.perf_counter(), program.fork()
-        step = Step(rewrite.name, rewrite.fidelity.value, **_counts(program, "before"))
-        outcome = rewrite.run(fork, ctx)
+        step = Step(rewrite.name, rewrite.fidelity.value, **counts(program, "before"))
+        try:
+            outcome = rewrite.run(fork, ctx)
+        except (RuntimeError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
+            outcome = Refusal(f"the pass failed, which is a bug worth reporting: {type(error).__name__}: {error}")
         if isinstance(outcome, Refusal) or outcome == 0:
-            step = replace(step, refusal=str(outcome or "nothing to change"), **_counts(program, "after"))
+            step = replace(step, refusal=str(outcome or "nothing to change"), **counts(program, "after"))
         else:
-            step = replace(step, sites=outcome, **_counts(fork, "after"))
+            step = replace(step, sites=outcome, **counts(fork, "after"))
             step = judge.decide(program, fork, rewrite, ctx, step)
             if step.kept:
                 program = replace(fork, history=(*program.history, rewrite.name))
         steps.append(replace(step, took=time.perf_counter() - start))
     return program, steps
-
-
-def lower_and_judge(
-    program: Program, target: Target, judge: Judge, progress: Callable[[str], None] | None = None
-) -> tuple[Executable, Step, list[str]]:
-    """Lower the final program; the measured kernels stay if, as a whole, they beat plain operators."""
-    start = time.perf_counter()
-    choices, notes = lower(program, target, judge.inputs, progress=progress)
-    plain = Executable(program, lower_eager(program, target))
-    sites = sum(c.kernel.backend != "eager" for c in choices)
-    step = Step("lower", Fidelity.EXACT.value, sites, **_counts(program, "before"), **_counts(program, "after"))
-    if sites == 0:
-        step, result = replace(step, refusal="no backend beats plain operators anywhere"), plain
-    else:
-        result = Executable(program, choices)
-        step = judge.decide_lowering(plain, result, step)
-        result = result if step.kept else plain
-    return result, replace(step, took=time.perf_counter() - start), notes
-
-
-def _counts(program: Program, when: str) -> dict[str, Any]:
-    calls = [n for n in program.graph.nodes if n.op == "call_function"]
-    flops, moved = cost.totals(calls)
-    return {f"nodes_{when}": len(calls), f"flops_{when}": flops, f"bytes_{when}": moved}

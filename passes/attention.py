@@ -32,6 +32,9 @@ FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 
 
+REACH = 64  # nodes that may stand between the product and the softmax
+
+
 @dataclass(frozen=True)
 class Product:
     """A product of two tensors, with one label for each dimension; a label that the result lacks is summed over."""
@@ -203,6 +206,8 @@ def _backward(node: Any, seen: dict[fx.Node, Behind | str]) -> Behind | str:
         or node.op != "call_function"
         or not isinstance(node.meta.get("val"), torch.Tensor)
     ):
+        return nothing
+    if node not in seen and len(seen) >= REACH:
         return nothing
     if node not in seen:
         seen[node] = nothing  # while the answer is being found

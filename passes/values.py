@@ -35,6 +35,7 @@ class Values:
 
     program: Program
     constants: dict[fx.Node, torch.Tensor | None] = field(default_factory=dict)
+    ranges: dict[fx.Node, Spans | None] = field(default_factory=dict)
 
     def constant(self, node: Any) -> torch.Tensor | None:
         """The node's tensor if it depends on no input, else None.
@@ -44,7 +45,16 @@ class Values:
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
             return None
         if node not in self.constants:
-            self.constants[node] = self.program.constant(node) if node.op == "get_attr" else self._evaluate(node)
+            waiting, new = [node], {node}
+            while waiting:  # inputs first, without recursion: the graph behind may be deep
+                found = [n for n in waiting.pop().all_input_nodes if n not in new and n not in self.constants]
+                new.update(found)
+                waiting += found
+            for n in sorted(new):
+                tensor = isinstance(n.meta.get("val"), torch.Tensor)
+                self.constants[n] = (
+                    None if not tensor else self.program.constant(n) if n.op == "get_attr" else self._evaluate(n)
+                )
         return self.constants[node]
 
     def _evaluate(self, node: fx.Node) -> torch.Tensor | None:
@@ -88,9 +98,14 @@ class Values:
         value = self.constant(node)
         if value is not None:
             return _spans_of(value)
+        if node in self.ranges:
+            return self.ranges[node]
         found = self._spans(node)
         kept = None if found is None else sorted(set(found))
-        return None if kept is None or len(kept) > 16 or any(math.isnan(x) for s in kept for x in s) else kept
+        self.ranges[node] = (
+            None if kept is None or len(kept) > 16 or any(math.isnan(x) for s in kept for x in s) else kept
+        )
+        return self.ranges[node]
 
     def _spans(self, node: fx.Node) -> Spans | None:
         target, given = node.target, arguments(node)
@@ -165,9 +180,9 @@ def _unspread(value: torch.Tensor | None, wanted: torch.Size) -> torch.Tensor | 
     return value.expand(sizes) if all(a in (1, b) for a, b in zip(value.shape, tail, strict=True)) else None
 
 
-def is_causal(mask: torch.Tensor) -> bool:
+def is_causal(mask: torch.Tensor, queries: Any, keys: Any) -> bool:
     """Whether a constant additive mask hides from each of n queries exactly the keys behind it, out of n."""
-    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
+    if mask.dim() < 2 or tuple(mask.shape[-2:]) != (queries, keys) or queries != keys:
         return False
     seen = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
     return bool((torch.where(seen, mask == 0, mask <= -SCORE)).all())

@@ -40,7 +40,7 @@ PER_ELEMENT = {
     **dict.fromkeys(("rms_norm", "_fused_rms_norm"), 4),
     **dict.fromkeys(("batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit"), 2),
 }
-LOOKUPS = {"embedding", "index_select", "gather", "index", "take", "take_along_dim"}
+LOOKUPS = {"embedding", "embedding_bag", "index_select", "gather", "index", "take", "take_along_dim"}
 # They copy, fill or convert: bytes, but no arithmetic.
 MOVES = LOOKUPS | {
     *("clone", "copy", "copy_", "_to_copy", "to", "type_as", "contiguous", "cat", "concat", "stack", "repeat", "tile"),

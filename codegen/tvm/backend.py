@@ -44,6 +44,8 @@ class TvmBackend:
             rows.function(plan, "check", rows.Form(1, 1, False))
         except Unsupported as reason:
             return str(reason)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            return f"a rule failed on it: {type(error).__name__}: {error}"  # costs the region, not the model
         return None
 
     def space(self, region: Region, target: Target) -> Iterable[Schedule]:

@@ -66,7 +66,8 @@ def compute(b: Block, v: Value, args: Sequence[Any]) -> Any:
     if v.op == "cast":
         source = v.args[0].kind
         if v.kind == "bool":
-            return tirx.NE(args[0], b.const(0, source))
+            zero = b.const(0.0 if source == "float32" else 0, source)
+            return vector.differs(b, args[0], zero) if source == "float32" else tirx.NE(args[0], zero)
         if source == "bool":
             return tirx.Select(args[0], b.const(1, v.kind), b.const(0, v.kind))
         return tirx.Cast(b.dtype(v.kind), args[0])

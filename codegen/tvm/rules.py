@@ -295,8 +295,8 @@ def _unsqueeze(s: Site, at: list[Coordinate]) -> list[Coordinate]:
 
 
 def _squeeze(s: Site, at: list[Coordinate]) -> list[Coordinate]:
-    rank, dims = len(shape(s.args["self"])), s.args["dim"]
-    for d in sorted(d % rank for d in (dims if isinstance(dims, (list, tuple)) else [dims])):
+    rank, dims = len(shape(s.args["self"])), s.args.get("dim", range(len(shape(s.args["self"]))))
+    for d in sorted(d % rank for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])):
         if shape(s.args["self"])[d] == 1:
             at.insert(d, None)
     return at
@@ -389,5 +389,7 @@ def read(
             memo[key] = build.load(node, at)
         else:
             site = Site(build, node, at, bound(node), lambda n, c: read(build, members, memo, n, c))
-            memo[key] = RULES[name_of(node) or ""](site)
+            value = RULES[name_of(node) or ""](site)
+            # Eager rounds to float16 after each operator, and what overflows there must overflow here.
+            memo[key] = build.rounded(value, site.dtype) if site.dtype is torch.float16 else value
     return memo[key]

@@ -196,7 +196,7 @@ class Site:
 
     def last_dim(self, name: str = "dim") -> None:
         """Raise unless the node works along the last dimension only."""
-        dims = self.args[name]
+        dims = self.args.get(name)
         rank = len(shape(self.args["self" if "self" in self.args else "input"]))
         listed = dims if isinstance(dims, (list, tuple)) else [dims]
         if len(listed) != 1 or listed[0] is None or listed[0] % rank != rank - 1:

@@ -34,4 +34,5 @@ class DropDead(Pass):
         carried = {s.slot for s in program.state}
         for name in [n for n in program.weights if n not in used and n not in carried]:
             del program.weights[name]
+            count += 1
         return count or Refusal("every node is used")

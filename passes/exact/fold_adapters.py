@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -63,6 +63,7 @@ class _Expression:
     root: fx.Node
     source: fx.Node
     steps: dict[fx.Node, Step]
+    maps: dict[fx.Node, Layer | str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, program: Program, root: fx.Node) -> _Expression | None:
@@ -99,7 +100,7 @@ class _Expression:
         dtype = self.root.meta["val"].dtype
         if largest.dtype != dtype or (layer.kind != "embedding" and self.source.meta["val"].dtype != dtype):
             return "its result has another dtype than its input or its largest weight"
-        return replace(layer, node=largest.node, name=largest.name, dtype=dtype)
+        return replace(layer, node=largest.node, source=self.source, name=largest.name, dtype=dtype)
 
     def _origin(self, node: fx.Node) -> fx.Node:
         """The node behind casts."""
@@ -109,11 +110,23 @@ class _Expression:
 
     def _leads_inside(self, user: fx.Node) -> bool:
         """Whether a view or norm beside the steps is read by steps only."""
-        return bool(user.users) and all(
-            u in self.steps or (u.op == "call_function" and self._leads_inside(u)) for u in user.users
-        )
+        waiting = [user]
+        for _ in range(REACH):
+            if not waiting:
+                return True
+            node = waiting.pop()
+            if node not in self.steps:
+                if node.op != "call_function" or not node.users:
+                    return False
+                waiting += node.users
+        return False
 
     def _map(self, node: fx.Node) -> Layer | str:
+        if node not in self.maps:
+            self.maps[node] = self._mapped(node)
+        return self.maps[node]
+
+    def _mapped(self, node: fx.Node) -> Layer | str:
         step = self.steps[node]
         if isinstance(step, Layer):
             plain = replace(step, dtype=torch.float64)

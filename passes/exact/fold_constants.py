@@ -28,7 +28,8 @@ COPIES = (aten.clone.default, aten.contiguous.default, aten._to_copy.default, at
 REORDERLESS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
                aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)  # fmt: skip
 PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
-MAY_COPY = (aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, aten.to.dtype, aten.to.device)
+MAY_COPY = (aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, aten.to.dtype, aten.to.device,
+            aten.einsum.default)  # fmt: skip  # an einsum of one operand may be a view of it
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,10 @@ class Layer:
         """Add the weights, rounded once, and the call; returns the node that yields the value."""
         tensor = self.weight.t() if self.kind == "embedding" else self.weight
         stem = re.sub(r"(_\d+)+$", "", self.name)  # a weight that was folded before has the name of the first
-        weight = program.weight(stem, tensor.to(self.dtype).contiguous())
+        tensor = tensor.to(
+            self.dtype
+        )  # a convolution's weight keeps its memory format, which decides that of the result
+        weight = program.weight(stem, tensor if self.kind == "conv" else tensor.contiguous())
         bias = None
         if self.bias is not None:
             beside = re.sub(r"\.?weight$", "", stem) + ".bias"

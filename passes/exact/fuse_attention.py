@@ -56,9 +56,10 @@ class FuseAttention(Pass):
     value: a finite mask stays a finite additive mask; where a row can be -inf throughout (NaN in eager, 0 in the
     operator) the mask carries NaN for it.
 
-    Assumes finite queries and keys whose products stay below 8192 in magnitude, so that a key filled with -1e4 or
-    less has no weight. Half precision masks that could mask a whole row by a finite value which swallows only part of
-    the scores are refused. Gives up nothing.
+    Assumes that products of queries and keys stay below 8192 in magnitude, so that a key filled with -1e4 or less
+    has no weight, and that a key hidden by the causal flag is finite (added to -inf it would spoil earlier rows).
+    Half precision masks that could mask a whole row by a finite value which swallows only part of the scores are
+    refused. Gives up nothing.
     Source: Dao et al., FlashAttention, https://arxiv.org/abs/2205.14135; the operator's meaning is that of
     torch.nn.functional.scaled_dot_product_attention.
     """
@@ -153,8 +154,16 @@ class _Rewrite:
             key, value = repeated
         extra: dict[str, Any] = {"scale": self.scale} | ({"enable_gqa": True} if repeated else {})
         mask = None if self.mask is None else self.four_mask(self.mask)
+        if mask is None and not self.many_keys:
+            mask = self.call(aten.zeros.default, [1, 1], dtype=query.meta["val"].dtype)
         attention = self.call(ATTENTION, query, key, value, mask, 0.0, causal, **extra)
         return attention, self.leave(attention, after, (*batch, row, feature))
+
+    @property
+    def many_keys(self) -> bool:
+        """Whether torch's kernel keeps NaN without a mask: with fewer keys than vector lanes it gives 0 for it."""
+        keys = shape(self.site.softmax)[-1]
+        return isinstance(keys, int) and keys >= 16
 
     def follow(self, step: Step) -> None:
         """Take one step of the scores into the scale or the mask."""
@@ -170,7 +179,7 @@ class _Rewrite:
             self.rescale(step, number)
         elif step.kind == "fill":
             self.fill(step, number)
-        elif number is None or not math.isfinite(number):  # a finite number added to all scores changes no softmax
+        elif number is None or not abs(number) < SCORE:  # a finite number added to all scores changes no softmax
             self.add(step)
 
     def rescale(self, step: Step, number: float | None) -> None:
@@ -178,6 +187,8 @@ class _Rewrite:
             raise Unfit("the scores are scaled after some were filled in")
         if number is None and (not isinstance(step.value, fx.Node) or shape(step.value)[-1:] not in ((), (1,))):
             raise Unfit("the scores are scaled by a tensor that differs from key to key")
+        if number == 0 or (number is not None and not math.isfinite(number)):
+            raise Unfit(f"the scores are scaled by {number}")
         if number is None:
             self.factors.append(step)
         else:
@@ -206,6 +217,10 @@ class _Rewrite:
         if number is None or not number <= -SCORE:
             raise Unfit(f"scores are filled with {'a tensor' if number is None else number}, which is no mask")
         assert step.condition is not None
+        if self.mask is not None and math.isfinite(number) and self.filled != number:
+            spans = self.values.spans(self.mask)
+            if spans is None or any(-math.inf < high and low <= -SCORE for low, high in spans):
+                raise Unfit(f"scores that may be masked otherwise are filled with {number}")
         device, dtype = step.node.meta["val"].device, step.node.meta["val"].dtype
         if dtype in HALF and device.type == "cpu":  # the CPU kernels take such masks, others want the query's dtype
             dtype = torch.float32
@@ -230,7 +245,7 @@ class _Rewrite:
             return False
         known = self.values.constant(self.mask)
         if known is not None and not bool(known.isnan().any()) and bool((known > -SCORE).any(-1).all()):
-            causal = is_causal(known)
+            causal = is_causal(known, *shape(self.site.softmax)[-2:]) and self.many_keys
             if causal or not bool(known.any()):
                 self.mask = None
                 return causal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ class MergeCommon(Pass):
             kept = first.setdefault(key, node)
             if kept is node:
                 continue
-            if node.op == "call_function" and not is_view(node) and escapes(kept) and escapes(node):
+            if node.op == "call_function" and not is_view(node) and _leaves(kept) and _leaves(node):
                 refusal = Refusal.at(node, f"{kept.name} and {node.name} are both results and must not share memory")
                 continue
             node.replace_all_uses_with(kept)
@@ -47,13 +48,21 @@ class MergeCommon(Pass):
         return sites or refusal
 
 
+def _leaves(node: fx.Node) -> bool:
+    """Whether a caller gets the node's value or, of several values, one of them."""
+    return escapes(node) or any(u.target is operator.getitem and _leaves(u) for u in node.users)
+
+
 def _key(program: Program, node: fx.Node) -> Any:
     """What equal nodes have in common; None for a node that must stay."""
     if node.op == "get_attr":
         tensor = program.constant(node)
-        if tensor is None or tensor.layout is not torch.strided:
+        if tensor is None or tensor.layout is not torch.strided or not tensor.data_ptr():
             return ("name", str(node.target))
-        return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return ("name", str(node.target))
+        look = tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.is_conj(), tensor.is_neg()
+        return (tensor.data_ptr(), *look)
     if node.op == "call_function" and is_pure(node):
         return (node.target, _freeze(node.args), _freeze(node.kwargs))
     return None
