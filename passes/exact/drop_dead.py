@@ -24,15 +24,16 @@ class DropDead(Pass):
 
     def run(self, program: Program, ctx: Context) -> int | Refusal:
         """See the class."""
-        count = 0
+        count, named = 0, set[str]()
         for node in reversed(list(program.graph.nodes)):
             if node.users or not (node.op == "get_attr" or (node.op == "call_function" and is_pure(node))):
                 continue
+            named |= {str(node.target)} if node.op == "get_attr" else set()
             program.graph.erase_node(node)
             count += 1
         used = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"}
         carried = {s.slot for s in program.state}
         for name in [n for n in program.weights if n not in used and n not in carried]:
             del program.weights[name]
-            count += 1
+            count += name not in named
         return count or Refusal("every node is used")
