@@ -32,6 +32,7 @@ class _Cut:
         self.calls = [n for n in program.graph.nodes if n.op == "call_function"]
         self.position = {n: i for i, n in enumerate(self.calls)}
         self.cluster: dict[fx.Node, list[fx.Node]] = {n: [n] for n in self.calls}
+        self.wide: dict[int, list[fx.Node]] = {}  # clusters of more than one node, by the position of their first
         self.owner: dict[fx.Node, str] = {}
 
     def claim(self, backend: Backend, target: Target) -> None:
@@ -49,7 +50,9 @@ class _Cut:
                     if backend.supports(Region.of(union), target) is None and self._convex(union):
                         self.owner[node] = backend.name
                         for member in union:
+                            self.wide.pop(self.position[self.cluster[member][0]], None)
                             self.cluster[member] = union
+                        self.wide[self.position[union[0]]] = union
 
     def _convex(self, union: Sequence[fx.Node]) -> bool:
         """Whether merging leaves the quotient graph acyclic: no way out of the union leads back into it."""
@@ -72,8 +75,7 @@ class _Cut:
 
     def _floor(self, first: int) -> int:
         """The position below which nothing depends on a node from `first` on, clusters that reach across counted in."""
-        wide = {id(g): g for g in self.cluster.values() if len(g) > 1}.values()
-        for group in sorted(wide, key=lambda g: self.position[g[-1]], reverse=True):
+        for group in sorted(self.wide.values(), key=lambda g: self.position[g[-1]], reverse=True):
             if self.position[group[-1]] >= first:
                 first = min(first, self.position[group[0]])
         return first

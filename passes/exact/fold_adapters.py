@@ -39,14 +39,16 @@ class FoldAdapters(Pass):
     def run(self, program: Program, ctx: Context) -> int | Refusal:
         """See the class."""
         sites, refusal = 0, None
+        known: dict[fx.Node, Step | None] = {}
         for node in list(program.graph.nodes):
-            found = _Expression.of(program, node) if node.op == "call_function" and node.users else None
+            found = _Expression.of(program, node, known) if node.op == "call_function" and node.users else None
             if found is None:
                 continue
             layer = found.folded()
             reason = layer if isinstance(layer, str) else layer.obstacle()
             if isinstance(layer, Layer) and reason is None:
                 rewrite.replace(node, layer.build(program, node))
+                known.clear()
                 sites += 1
             elif reason and refusal is None:
                 refusal = Refusal.at(node, reason)
@@ -66,8 +68,11 @@ class _Expression:
     maps: dict[fx.Node, Layer | str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, program: Program, root: fx.Node) -> _Expression | None:
-        """Expand the latest node until one value remains behind at least two layers, one behind another."""
+    def of(cls, program: Program, root: fx.Node, known: dict[fx.Node, Step | None]) -> _Expression | None:
+        """Expand the latest node until one value remains behind at least two layers, one behind another.
+
+        `known` keeps the steps of nodes that were looked at before.
+        """
         steps: dict[fx.Node, Step] = {}
         frontier = {root}
         while len(steps) < REACH:
@@ -75,7 +80,9 @@ class _Expression:
             layers = [s for s in steps.values() if isinstance(s, Layer)]
             if len(frontier) == 1 and len(layers) > 1 and any(s.source in steps for s in layers):
                 return cls(root, node, steps)
-            step = _step(program, node)
+            if node not in known:
+                known[node] = _step(program, node)
+            step = known[node]
             if step is None:
                 return None
             steps[node] = step
