@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..passes.errors import LowerError
 from ..passes.program import Program
 from ..targets.target import Target
 from .base import Backend, Schedule
@@ -57,8 +59,12 @@ def lower_unmeasured(program: Program, target: Target) -> list[Choice]:
     rivals: list[Backend] = [OnednnBackend(program)] if target.device == "cpu" else []
     eager, choices = EagerBackend(), []
     for region in partition(program, rivals, target):
-        backend = next((b for b in rivals if b.supports(region, target) is None), eager)
-        choices.append(Choice(region, backend.lower(region, target, next(iter(backend.space(region, target))))))
+        kernel = eager.lower(region, target, Schedule())
+        for backend in rivals:
+            if backend.supports(region, target) is None:
+                with contextlib.suppress(LowerError):
+                    kernel = backend.lower(region, target, next(iter(backend.space(region, target))))
+        choices.append(Choice(region, kernel))
     return choices
 
 

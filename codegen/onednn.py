@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..passes.errors import LowerError
 from ..passes.nodes import arguments
 from ..passes.program import Program
 from ..targets.target import Target
@@ -85,8 +86,8 @@ class OnednnBackend:
             return reason
         if root.target in CONVS and (reason := _conv_reason(root)):
             return reason
-        if value.numel() == 0:
-            return "the result has no elements"
+        if value.numel() == 0 or weight.numel() == 0:
+            return "the result or the weight has no elements"
         return _tail_reason(root, rest)
 
     def space(self, region: Region, target: Target) -> Iterable[Schedule]:
@@ -106,7 +107,11 @@ class OnednnBackend:
         other = region.inputs.index(added) if added is not None else None
         post = next((p for p in map(post_operation, rest) if p), NO_POST)
         make = _linear if root.target in LINEARS else _convolution
-        call = _finished(make(root, weight, bias, source, other, post), in_place(rest[-1]) if rest else None)
+        try:
+            call = make(root, weight, bias, source, other, post)
+        except RuntimeError as error:  # oneDNN has no primitive for some sizes and types
+            raise LowerError(str(error), node=root.name, by=self.name) from error
+        call = _finished(call, in_place(rest[-1]) if rest else None)
         name = "_".join(["packed", *(op_name(n) for n in region.nodes)])
         return Kernel(name, self.name, call, source=f"mkldnn::{name}", schedule=schedule)
 
