@@ -96,6 +96,8 @@ class Source:
     def as_traced(self, node: fx.Node, names: Mapping[fx.Node, str]) -> None:
         """Append lines that give a value the layout which it had when the program was traced."""
         value = node.meta.get("traced", node.meta.get("val"))
+        if node.op == "get_attr":
+            return  # weights lie as they were traced, and their names are not local
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dim():
             self.lines.extend(layout_lines(self.bind, value, names[node]))
 

@@ -68,6 +68,7 @@ def test_operators_that_read_strides_after_a_convolution():
     conv = nn.Conv2d(3, 8, 3, padding=1)
     x = torch.randn(2, 3, 8, 8)
     check(Function(lambda m, x: torch.view_as_complex(m.conv(x).reshape(2, 8, 8, 4, 2)).abs(), conv=conv), x)
+    check(Function(lambda m, x: torch.view_as_complex(m.w) * x, w=torch.randn(4, 2)), torch.randn(4))
     check(Function(lambda m, x: m.conv(x).as_strided((4, 4), (8, 1)) * 1, conv=conv), x)
     check(Function(lambda m, x: m.conv(x).view(torch.int32) + 0, conv=nn.Conv2d(3, 8, 3)), x * 0)
 
