@@ -104,7 +104,8 @@ def _deviation(found: Any, wanted: Any) -> float:
     if b.numel() == 0:
         return 0.0
     size = b.abs()
-    usual = size[size <= 1e4 * size.median()]  # mask values such as -1e9 set no scale for the others
+    some = size[size > 0]
+    usual = some[some <= 1e4 * some.median()]  # mask values such as -1e9 set no scale for the others
     scale = max(float(usual.max()) if usual.numel() else 0.0, 1e-6)
     return float(((a - b).abs() / size.clamp(min=scale)).max()) / TOLERANCE.get(wanted.dtype, 1e-4)
 

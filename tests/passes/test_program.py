@@ -101,6 +101,8 @@ def test_verify_compares_answers(program):
         (torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("-inf")]), False),
         (torch.tensor([1.0, 1.0 + 1e-6]), torch.tensor([1.0, 1.0]), True),
         (torch.tensor([1.0, 1.001]), torch.tensor([1.0, 1.0]), False),
+        (torch.tensor([0.0, 1e-6, 0.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0]), True),
+        (torch.tensor([0.0, 1e-3, 0.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0]), False),
         (torch.tensor([1]), torch.tensor([1.0]), False),
         (torch.tensor([1, 2]), torch.tensor([1, 3]), False),
         (torch.zeros(2, 0), torch.zeros(2, 0), True),
