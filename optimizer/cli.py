@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -199,14 +201,23 @@ def _plain_errors(debug: bool) -> Iterator[None]:
 
 @contextmanager
 def _progress(first: str) -> Iterator[Callable[[str], None]]:
-    """Yields a function that shows a sentence on stderr: on one changing line, or line by line outside terminals."""
+    """Yields a function that shows a sentence on stderr: beside a bar, or line by line outside terminals."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda sentence: console.print(Text(sentence, style="dim"), soft_wrap=True)
         return
-    # no spinner: a thread that redraws it would disturb the measurements
-    with Live(Text(f"> {first}", style="cyan"), console=console, auto_refresh=False, transient=True) as line:
-        yield lambda sentence: line.update(Text(f"> {sentence}", style="cyan"), refresh=True)
+    columns = (TextColumn("[cyan]{task.description}"), BarColumn(), TimeElapsedColumn())
+    # drawn only when something is said: a thread that redraws it would disturb the measurements
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as bar:
+        task = bar.add_task(escape(first), total=None)
+
+        def say(sentence: str) -> None:
+            counted = re.match(r"region (\d+) of (\d+)", sentence)
+            if counted:
+                bar.update(task, completed=int(counted[1]), total=int(counted[2]))
+            bar.update(task, description=escape(sentence), refresh=True)
+
+        yield say
 
 
 def _names(text: str | None) -> list[str] | None:
