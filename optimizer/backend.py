@@ -21,7 +21,7 @@ from .pipeline import PASSES
 
 log = logging.getLogger("torchlathe")
 
-VARIANTS = 8  # executables per graph, for modules that share one graph with different parameters
+VARIANTS = 8  # compilations per graph; parameters that keep changing, as in training, run unchanged from then on
 
 
 def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -70,6 +70,7 @@ class _Door:
         self.mutated: list[int] = []
         self.examples: list[Any] = []  # fake inputs of the first trace: they know which sizes vary
         self.variants: list[tuple[tuple[Constant, ...], Executable]] = []
+        self.compiled = 0
         self.lock = threading.Lock()
 
     def compile(self, inputs: Sequence[Any]) -> Executable:
@@ -85,7 +86,8 @@ class _Door:
         flat = [_concrete(inputs[i]) for i in self.dynamic]
         executable = compile_program(program, flat, targets.get("cpu"), PASSES, timed=self.timed)
         known = tuple((inputs[i], _version(inputs[i]), inputs[i].data_ptr()) for i in self.static)
-        self.variants.insert(0, (known, executable))
+        self.variants = [(known, executable), *self.variants]  # other threads may be walking the old list
+        self.compiled += 1
         return executable
 
     def loses(self, executable: Executable, inputs: Sequence[Any]) -> bool:
@@ -115,7 +117,7 @@ class _Door:
         with self.lock:
             alive = [v for v in self.variants if all(_version(t) == n and t.data_ptr() == a for t, n, a in v[0])]
             self.variants = alive
-            if len(alive) >= VARIANTS or (
+            if self.compiled >= VARIANTS or (
                 torch.is_grad_enabled() and any(isinstance(i, torch.Tensor) and i.requires_grad for i in inputs)
             ):
                 return self.module.forward(*inputs)

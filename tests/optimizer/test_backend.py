@@ -70,6 +70,20 @@ def test_changed_weights_are_seen():
         assert same(compiled(x), model(x))
 
 
+def test_weights_that_keep_changing_are_not_compiled_for_ever():
+    from torchlathe.optimizer import backend
+
+    made = []
+    model = nn.Linear(8, 8).eval()
+    compiled = torch.compile(model, backend=lambda *graph: made.append(backend._Door(graph[0], False)) or made[0])
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        for _ in range(backend.VARIANTS + 3):
+            model.weight.add_(1)
+            assert same(compiled(x), model(x))
+    assert made[0].compiled == backend.VARIANTS
+
+
 def test_training_and_gradients_run_unchanged():
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)).train()
     compiled = torch.compile(model, backend="torchlathe")
