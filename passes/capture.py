@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import sysconfig
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,7 +141,10 @@ def _unwrap(value: Any) -> Any:
 
 
 def _from_export(exported: ExportedProgram, names: tuple[str, ...], training: bool = False) -> Program:
-    exported = exported.run_decompositions({})
+    with warnings.catch_warnings():
+        # torch copies its own pytree specs in a way that it warns of itself
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        exported = exported.run_decompositions({})
     signature, spec = exported.graph_signature, exported.call_spec
     graph, weights = fx.Graph(), dict[str, Any]()
     copies: dict[fx.Node, fx.Node] = {}
