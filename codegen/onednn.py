@@ -22,7 +22,8 @@ from .eager import op_name
 
 aten = torch.ops.aten
 
-LINEARS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
+PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)  # their weight is [in, out], not [out, in]
+LINEARS = (aten.linear.default, *PRODUCTS)
 CONVS = (aten.conv2d.default, aten.convolution.default, aten.conv1d.default, aten.conv3d.default)
 ADDS = (aten.add.Tensor,)
 
@@ -100,7 +101,7 @@ class OnednnBackend:
         given = _operands(root)
         weight, bias = self._tensor(given["weight"]), self._tensor(given["bias"])
         assert weight is not None
-        if root.target in LINEARS and root.target is not aten.linear.default:
+        if root.target in PRODUCTS:
             weight = weight.t().contiguous()
         source = region.inputs.index(given["input"])
         added = _other(root, rest[0]) if rest and rest[0].target in ADDS else None
@@ -130,7 +131,7 @@ def _operands(root: fx.Node) -> dict[str, Any]:
     given = arguments(root)
     if root.target is aten.addmm.default:
         return given | {"input": given["mat1"], "weight": given["mat2"], "bias": given["self"]}
-    if root.target in LINEARS and root.target is not aten.linear.default:
+    if root.target in PRODUCTS:
         first, second = list(given.values())[:2]
         return given | {"input": first, "weight": second, "bias": None}
     return given

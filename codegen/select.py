@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -182,11 +182,3 @@ def _note_layouts_of(node: fx.Node, value: Any) -> None:
     node.meta.setdefault("traced", fake)  # what the caller of the program may rely on
     with fake.fake_mode:  # type: ignore[attr-defined]
         node.meta["val"] = torch.empty_strided(fake.shape, value.stride(), dtype=fake.dtype, device=fake.device)
-
-
-def lowered(choices: Sequence[Choice]) -> Mapping[str, int]:
-    """How many regions each backend runs."""
-    counts: dict[str, int] = {}
-    for choice in choices:
-        counts[choice.kernel.backend] = counts.get(choice.kernel.backend, 0) + 1
-    return counts

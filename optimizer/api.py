@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from .. import __version__, targets
 from .. import passes as P
+from .. import targets
 from ..codegen.cache import load as load_artefact
 from ..codegen.executable import Executable
+from ..codegen.save import versions
 from ..passes.base import Context, Pass
 from ..passes.capture import capture
 from ..passes.errors import InputError, LatheError, UnknownNameError
@@ -31,6 +31,7 @@ from .report import Report
 Progress = Callable[[str], None]
 
 
+@torch.random.fork_rng(devices=[])  # timing and checking must not move the user's random numbers
 def optimize(
     model: torch.nn.Module | torch.export.ExportedProgram,
     args: Sequence[Any] = (),
@@ -65,22 +66,6 @@ def optimize(
         CaptureError: the model cannot be captured as one graph.
         UnknownNameError: no pass or target of that name.
     """
-    with torch.random.fork_rng(devices=[]):  # timing and checking must not move the user's random numbers
-        return _optimize(model, args, kwargs, target, passes, data, quality, dynamic_shapes, limit, progress)
-
-
-def _optimize(
-    model: torch.nn.Module | torch.export.ExportedProgram,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    target: str | Target,
-    passes: Sequence[str | Pass] | None,
-    data: Sequence[Any] | None,
-    quality: Quality | None,
-    dynamic_shapes: Any,
-    limit: int | None,
-    progress: Progress | None,
-) -> Executable:
     start, tell = time.perf_counter(), progress or (lambda sentence: None)
     chosen, rewrites = _runnable(target), _chosen(passes)
     _check_example(args)
@@ -128,7 +113,7 @@ def compile_program(
     result, step, notes = lower_and_judge(best, target, judge, progress)
     result.__dict__["_model"] = original
     report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result.choices), notes=notes)
-    report.graph_before, report.graph_after, report.versions = before, best.text(), _versions()
+    report.graph_before, report.graph_after, report.versions = before, best.text(), versions()
     report.counts = result.counts
     result.report = report
     if data is not None:
@@ -158,7 +143,7 @@ def explain(
         judge = Judge(flat, program.run(flat), timed=False)
     best, steps = run_passes(program, rewrites, Context(chosen), judge)
     return Report(type(model).__name__, chosen.name, _device(chosen), steps, graph_before=program.text(),
-                  graph_after=best.text(), took=time.perf_counter() - start, versions=_versions())  # fmt: skip
+                  graph_after=best.text(), took=time.perf_counter() - start, versions=versions())  # fmt: skip
 
 
 def load(path: str | os.PathLike[str], *, native: bool = True) -> Executable:
@@ -245,7 +230,3 @@ def _example_of(model: Any) -> list[Any]:
 
 def _device(target: Target) -> str:
     return f"{target.vendor}, {target.cores} cores, {target.vector_bits}-bit vectors"
-
-
-def _versions() -> dict[str, str]:
-    return {"torchlathe": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -13,7 +13,7 @@ from ...targets.target import Target
 from ..base import Destination, Extent, Kernel, Region, Schedule
 from . import build, rows
 from .layout import expression
-from .plan import Plan, elements, make, reason_against
+from .plan import Plan, elements, make
 from .rules import name_of
 from .values import Unsupported
 
@@ -30,10 +30,6 @@ class TvmBackend:
     """Lowers rows of pointwise operators, last-dimension reductions and layout views that keep the rows."""
 
     name = "tvm"
-
-    def fusible(self, node: fx.Node) -> bool:
-        """Whether the node could be part of a region at all."""
-        return reason_against(node) is None
 
     def supports(self, region: Region, target: Target) -> str | None:
         """None if the region can be lowered, else the reason why not."""
