@@ -71,10 +71,26 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Destination:
-    """An output buffer that the caller allocates: contiguous, of this dtype and shape."""
+    """An output buffer that the caller allocates.
+
+    Attributes:
+        shape: sizes.
+        dtype: element type.
+        order: dimensions from the outermost to the innermost in memory, without gaps; None for 0, 1, 2, ...
+    """
 
     shape: tuple[Extent, ...]
     dtype: torch.dtype
+    order: tuple[int, ...] | None = None
+
+    def stored(self) -> tuple[Extent, ...]:
+        """Sizes in the order in which the dimensions lie in memory."""
+        return self.shape if self.order is None else tuple(self.shape[d] for d in self.order)
+
+    def seen(self) -> tuple[int, ...]:
+        """Permutation that turns the stored dimensions into the buffer's own."""
+        order = self.order or range(len(self.shape))
+        return tuple(list(order).index(d) for d in range(len(self.shape)))
 
 
 @dataclass

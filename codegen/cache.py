@@ -7,18 +7,12 @@ damage, not malice: a file may hold compiled code, so load only files that you t
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import platformdirs
 import torch
 
 from .. import targets
@@ -31,10 +25,15 @@ from .eager import EagerBackend
 from .executable import Executable
 from .graph_json import DTYPES, decode_program, decode_value
 from .onednn import OnednnBackend
-from .save import NO_KERNEL, versions
+from .save import NO_KERNEL
 from .select import Choice
+from .store import library_file
 from .structure import decode_structure
+from .versions import versions
 from .weights import decode_tensors
+
+if TYPE_CHECKING:
+    from .tvm.backend import TvmBackend
 
 Json = Any
 # what decoding raises on content that has the right checksums and the wrong meaning
@@ -152,7 +151,7 @@ class _Loader:
                 return None
         destinations = row["destinations"]
         made = None if destinations is None else tuple(_destination(d, region) for d in destinations)
-        constants = tuple(self.tensors[c] for c in row["constants"])
+        constants = _tvm(self.program).constants(region, self.host, schedule) if row["constants"] else ()
         return Kernel(
             name, "tvm", self._functions[key], made, len(region.outputs), constants, schedule=schedule,
             library=lambda path: write_atomically(Path(path), [data]), flops=int(row["flops"]), bytes=int(row["bytes"]),
@@ -165,7 +164,7 @@ class _Loader:
             return replace(self._kernels[key])
         self.counts["recompilations"] = self.counts.get("recompilations", 0) + 1
         try:
-            kernel = self._lowered(_tvm(), region, schedule)
+            kernel = self._lowered(_tvm(self.program), region, schedule)
         except NO_KERNEL as error:
             self.notes.append(f"a region of tvm runs eagerly: {_first_line(error)}")
             return None
@@ -185,15 +184,18 @@ def _destination(stored: Json, region: Region) -> Destination:
         if type(position) is not int or type(dim) is not int or dim < 0 or not 0 <= position < len(region.inputs):
             raise ValueError(f"{str(extent)[:80]} is not a size")
         shape.append((position, dim) if isinstance(extent, list) else dim)
-    return Destination(tuple(shape), DTYPES[stored[1]])
+    order = stored[2]
+    if order is not None and sorted(order) != list(range(len(shape))):
+        raise ValueError(f"{str(order)[:80]} is not an order of dimensions")
+    return Destination(tuple(shape), DTYPES[stored[1]], None if order is None else tuple(order))
 
 
-def _tvm() -> Backend:
+def _tvm(program: Program) -> TvmBackend:
     try:
         from .tvm.backend import TvmBackend
     except ImportError as error:
         raise MissingPackageError(f"tvm cannot be imported: {error}", next_step="pip install apache-tvm") from error
-    return TvmBackend()
+    return TvmBackend(program)
 
 
 def _rebuild(
@@ -240,51 +242,5 @@ def _load_function(data: bytes, name: str) -> Callable[..., Any]:
     """The function of a shared library, loaded from a private file whose content was just verified."""
     from .tvm.build import load_library
 
-    with _library_file(data) as path:
+    with library_file(data) as path:
         return load_library(str(path), name)
-
-
-@contextmanager
-def _library_file(data: bytes) -> Iterator[Path]:
-    """A file with this content that only this user can write: in the cache folder, or else in a temporary one."""
-    digest = hashlib.sha256(data).hexdigest()
-    folder = _private_folder(platformdirs.user_cache_path("torchlathe", appauthor=False) / "kernels")
-    kept = None if folder is None else folder / f"{digest}.so"
-    if kept is not None and not _holds(kept, digest):
-        with suppress(OSError):
-            write_atomically(kept, [data])
-    if kept is not None and _holds(kept, digest):
-        yield kept
-        return
-    with tempfile.TemporaryDirectory() as temporary:  # a loaded library outlives its file
-        path = Path(temporary) / f"{digest}.so"
-        write_atomically(path, [data])
-        yield path
-
-
-def _private_folder(folder: Path) -> Path | None:
-    """The folder, made if needed, if it is a real one of this user's that nobody else can write; None otherwise."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        facts = folder.lstat()
-        if not stat.S_ISDIR(facts.st_mode) or (hasattr(os, "getuid") and facts.st_uid != os.getuid()):
-            return None
-        if facts.st_mode & 0o077:
-            folder.chmod(0o700)
-    except OSError:
-        return None
-    return folder
-
-
-def _holds(path: Path, digest: str) -> bool:
-    """Whether the path is a regular file with this content; a damaged one is reported once and then replaced."""
-    try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    except OSError:
-        return False
-    with os.fdopen(file, "rb") as opened:
-        regular = stat.S_ISREG(os.fstat(file).st_mode)
-        good = regular and hashlib.sha256(opened.read()).hexdigest() == digest
-    if not good:
-        warnings.warn(f"the cached kernel {path} is damaged and is written again", stacklevel=3)
-    return good

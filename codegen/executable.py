@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,10 @@ class Executable(torch.nn.Module):
         choices: a kernel for every region of the program, in order.
         model: the original module; attributes that the executable lacks are looked up on it.
         report: what the optimizer did.
+        num_threads: threads of every call; None takes what `torch.set_num_threads` says at the call.
     """
+
+    num_threads: int | None = None
 
     def __init__(self, program: Program, choices: Sequence[Choice], *, model: Any = None, report: Any = None) -> None:
         super().__init__()
@@ -76,6 +80,9 @@ class Executable(torch.nn.Module):
         """Run on flat inputs, write carried tensors back, return the flat results (carried tensors included)."""
         if torch.is_autocast_enabled("cpu"):  # its effect, if any, was captured with the graph
             with torch.autocast("cpu", enabled=False):
+                return self.run_flat(flat)
+        if self.num_threads is not None and torch.get_num_threads() != self.num_threads:
+            with threads(self.num_threads):
                 return self.run_flat(flat)
         grad = torch.is_grad_enabled()
         if grad:
@@ -160,6 +167,22 @@ class Executable(torch.nn.Module):
     def save(self, path: str) -> None:
         """Write the artefact: one file with graph, weights, kernels, report and a checked manifest."""
         save(self.program, self.choices, path, report=self.report, counts=self.counts)
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Run with this many threads of torch's pool, which our kernels share; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is None:
+        yield
+        return
+    if count < 1:
+        raise InputError(f"num_threads is {count}", next_step="ask for at least one thread")
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _shape_of_call(spec: pytree.TreeSpec) -> str:
@@ -258,7 +281,10 @@ def _emit_buffers(source: Source, kernel: Kernel, inputs: Sequence[fx.Node], mad
                   names: Mapping[fx.Node, str]) -> None:  # fmt: skip
     empty = source.bind(torch.empty, "empty")
     for name, destination in zip(made, kernel.destinations or (), strict=True):
-        extents = [str(e) if isinstance(e, int) else f"{names[inputs[e[0]]]}.shape[{e[1]}]" for e in destination.shape]
+        extents = [
+            str(e) if isinstance(e, int) else f"{names[inputs[e[0]]]}.shape[{e[1]}]" for e in destination.stored()
+        ]
         shape = f"({', '.join(extents)},)" if extents else "()"
         dtype, cpu = source.bind(destination.dtype, "dtype"), source.bind(CPU, "device")
-        source.lines.append(f"{name} = {empty}({shape}, dtype={dtype}, device={cpu})")
+        turned = "" if destination.order is None else f".permute({destination.seen()})"
+        source.lines.append(f"{name} = {empty}({shape}, dtype={dtype}, device={cpu}){turned}")

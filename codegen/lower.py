@@ -16,6 +16,7 @@ from .executable import Executable
 from .onednn import OnednnBackend
 from .partition import partition
 from .select import Choice, select
+from .tuner import Tuner
 
 
 def backends(program: Program, target: Target) -> tuple[list[Backend], list[str]]:
@@ -23,7 +24,6 @@ def backends(program: Program, target: Target) -> tuple[list[Backend], list[str]
     found: list[Backend] = []
     notes: list[str] = []
     if target.device == "cpu":
-        found.append(OnednnBackend(program))
         if importlib.util.find_spec("tvm") is None:
             notes.append(
                 "tvm is not installed: pointwise and row regions run eagerly; install torchlathe with its dependencies"
@@ -31,7 +31,8 @@ def backends(program: Program, target: Target) -> tuple[list[Backend], list[str]
         else:
             from .tvm.backend import TvmBackend
 
-            found.append(TvmBackend())
+            found.append(TvmBackend(program))
+        found.append(OnednnBackend(program))
     return found, notes
 
 
@@ -39,19 +40,18 @@ def lower(
     program: Program,
     target: Target,
     inputs: Sequence[Any],
-    *,
-    budget: float = 0.1,
+    tuner: Tuner,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[list[Choice], list[str]]:
     """The measured best kernel for each region of the program, and notes for the report.
 
     Args:
         inputs: flat example inputs, used for timing and for checking every kernel against eager.
-        budget: seconds of timing per distinct region.
+        tuner: decides between candidates.
     """
     rivals, notes = backends(program, target)
     regions = partition(program, rivals, target)
-    return select(program, regions, rivals, target, inputs, budget=budget, progress=progress), notes
+    return select(program, regions, rivals, target, inputs, tuner, progress), [*notes, *tuner.notes]
 
 
 def lower_unmeasured(program: Program, target: Target) -> list[Choice]:

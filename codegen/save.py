@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from .container import Part, write_container
 from .graph_json import encode_program, encode_value
 from .select import Choice
 from .structure import encode_structure
+from .versions import versions
 from .weights import encode_tensors
 
 Json = Any
@@ -52,7 +50,7 @@ def save(
     _refuse_shared_state(program)
     graph = encode_program(program)
     tensors = {f"weight:{name}": value for name, value in program.weights.items()}
-    plan, libraries = _encode_plan(program, choices, tensors)
+    plan, libraries = _encode_plan(program, choices)
     weights, index = encode_tensors(tensors)
     plan["counts"] = dict(counts or {})
     report = report.to_dict() if hasattr(report, "to_dict") else report
@@ -64,18 +62,6 @@ def save(
     host = targets.get("cpu")
     facts = {"versions": versions(), "target": {"name": host.name, "fingerprint": targets.fingerprint(host)}}
     write_container(path, facts, parts)
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that an artefact depends on, and the system that its libraries are for."""
-    try:
-        tvm = version("apache-tvm")
-    except PackageNotFoundError:
-        tvm = ""
-    own = str(getattr(sys.modules[__name__.partition(".")[0]], "__version__", ""))
-    system = f"{sys.platform} {platform.machine()}"
-    return {"torchlathe": own, "torch": str(torch.__version__), "tvm": tvm, "python": platform.python_version(),
-            "system": system}  # fmt: skip
 
 
 def _refuse_shared_state(program: Program) -> None:
@@ -90,27 +76,23 @@ def _refuse_shared_state(program: Program) -> None:
                                 next_step="give the model a buffer of its own for it")  # fmt: skip
 
 
-def _encode_plan(
-    program: Program, choices: Sequence[Choice], tensors: dict[str, torch.Tensor]
-) -> tuple[Json, list[bytes]]:
-    """The regions in order and the distinct libraries; constants of kernels are added to `tensors`."""
+def _encode_plan(program: Program, choices: Sequence[Choice]) -> tuple[Json, list[bytes]]:
+    """The regions in order and the distinct libraries."""
     nodes = [n for n in program.graph.nodes if n.op != "output"]
     place = {n: i for i, n in enumerate(nodes)}
     libraries: list[bytes] = []
     known: dict[int, int | None] = {}
     regions = []
-    for number, choice in enumerate(choices):
-        kernel, constants = choice.kernel, list[str]()
-        for constant in kernel.constants:
-            constants.append(f"constant:{number}:{len(constants)}")
-            tensors[constants[-1]] = constant
-        if id(kernel) not in known:
-            known[id(kernel)] = _library_index(kernel, libraries)
+    for choice in choices:
+        kernel = choice.kernel  # packed weights are made again from the weights on load
+        if id(kernel.call) not in known:
+            known[id(kernel.call)] = _library_index(kernel, libraries)
         schedule = [kernel.schedule.name, encode_value(kernel.schedule.params)]
         destinations = kernel.destinations
         regions.append({
             "nodes": [place[n] for n in choice.region.nodes], "backend": kernel.backend, "name": kernel.name,
-            "schedule": schedule, "library": known[id(kernel)], "constants": constants, "flops": int(kernel.flops),
+            "schedule": schedule, "library": known[id(kernel.call)], "constants": len(kernel.constants),
+            "flops": int(kernel.flops),
             "bytes": int(kernel.bytes), "seconds": encode_value(kernel.seconds),
             "destinations": None if destinations is None else [_encode_destination(d) for d in destinations],
         })  # fmt: skip
@@ -119,7 +101,8 @@ def _encode_plan(
 
 def _encode_destination(destination: Destination) -> Json:
     shape = [e if isinstance(e, int) else list(e) for e in destination.shape]
-    return [shape, str(destination.dtype).removeprefix("torch.")]
+    order = None if destination.order is None else list(destination.order)
+    return [shape, str(destination.dtype).removeprefix("torch."), order]
 
 
 def _library_index(kernel: Kernel, libraries: list[bytes]) -> int | None:

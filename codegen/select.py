@@ -1,4 +1,4 @@
-"""Select: lower every region with every backend that supports it, check against eager, time, keep the fastest."""
+"""Select: walk a program region by region on real values and give each the kernel that its trial chose."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import fx
 
 from ..passes.program import Program
 from ..passes.verify import difference
-from ..targets.measure import compare_many, time_calls
 from ..targets.target import Target
 from .base import Backend, Kernel, Region, Schedule
 from .eager import EagerBackend
 from .source import releases
-
-GAIN = 0.97  # a rival must need less than this share of eager's time: a tie goes to the referee
+from .store import kept
+from .trial import Trial, run_kernel
+from .tuner import Tuner
 
 
 @dataclass
@@ -43,8 +43,7 @@ def select(
     backends: Sequence[Backend],
     target: Target,
     inputs: Sequence[Any],
-    *,
-    budget: float = 0.1,
+    tuner: Tuner,
     progress: Callable[[str], None] | None = None,
 ) -> list[Choice]:
     """Run the program region by region on real values and choose a kernel for each.
@@ -56,8 +55,8 @@ def select(
         regions: from `partition`, in order.
         backends: candidates besides the eager one.
         inputs: flat example inputs of the program.
-        budget: seconds of timing per distinct region.
-        progress: told in a short sentence what is being timed.
+        tuner: decides between candidates.
+        progress: told in a short sentence what was chosen.
     """
     env: dict[fx.Node, Any] = dict(zip(program.inputs, inputs, strict=True))
     env |= {n: program.weights[str(n.target)] for n in program.graph.nodes if n.op == "get_attr"}
@@ -69,10 +68,13 @@ def select(
         for number, (region, done) in enumerate(zip(regions, dead, strict=True)):
             values = [env[n] for n in region.inputs]
             _note_layouts(region, values)
-            decided = len(known)
-            choice = _choose(region, backends, target, values, known, budget)
-            if progress and len(known) > decided and len(choice.rivals) > 1:
-                progress(f"region {number + 1} of {len(regions)}: {choice.kernel.name} by {choice.kernel.backend}")
+            key = region.digest()
+            choice = _repeat(known[key], region, backends, target) if key in known else None
+            if choice is None:
+                trial = tuner.choose(program, region, backends, target, values)
+                choice = known[key] = _made(trial, region, backends, target, values)
+                if progress and choice.kernel.backend != "eager":
+                    progress(f"region {number + 1} of {len(regions)}: {choice.kernel.name} by {choice.kernel.backend}")
             choices.append(choice)
             results = run_kernel(choice.kernel, values)
             for node, value in zip(region.outputs, results, strict=True):
@@ -83,88 +85,50 @@ def select(
     return choices
 
 
-def _choose(region: Region, backends: Sequence[Backend], target: Target, values: list[Any],
-            known: dict[str, Choice], budget: float) -> Choice:  # fmt: skip
-    key = region.digest()
-    if key in known and (again := _repeat(known[key], region, backends, target)) is not None:
-        return again
-    kernels, refused = _candidates(region, backends, target, values)
-    calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
-    rivals: dict[str, float] = {}
-    if len(calls) == 1:
-        kernels["eager"].seconds = time_calls(calls["eager"], budget=0.01, warmup=1, min_rounds=3).median
-        best = "eager"
-    else:
-        rivals = {name: timing.median for name, timing in compare_many(calls, budget=budget).items()}
-        best = min(rivals, key=rivals.__getitem__)
-        if best != "eager" and rivals[best] > GAIN * rivals["eager"]:
-            refused[best] = "not measurably faster than eager"
-            best = "eager"
-        kernels[best].seconds = rivals[best]
-    known[key] = Choice(region, kernels[best], rivals, refused)
-    return known[key]
+def _made(trial: Trial, region: Region, backends: Sequence[Backend], target: Target, values: Sequence[Any]) -> Choice:
+    """The winner of a trial as a kernel of this process; eager if that fails or if an untimed kernel is wrong."""
+    kernel, refused = trial.kernel, dict(trial.refused)
+    if kernel is None:
+        try:
+            backend = _named(trial.backend, backends)
+            kernel = _stored(backend, region, target, trial) or backend.lower(region, target, trial.schedule)
+            if trial.seconds is None and kernel.backend != "eager":
+                referee = EagerBackend().lower(region, target, Schedule())
+                size, place = difference(run_kernel(kernel, values), run_kernel(referee, values))
+                if size > 1:
+                    raise RuntimeError(f"wrong answer: {place} deviates {size:.3g} times more than rounding explains")
+        except Exception as error:  # whatever a backend raises costs this candidate only
+            refused[f"{trial.backend} {trial.schedule}"] = (str(error).splitlines() or [type(error).__name__])[0]
+            kernel = EagerBackend().lower(region, target, Schedule())
+            return Choice(region, kernel, trial.rivals, refused)
+    kernel.seconds = trial.seconds
+    return Choice(region, kernel, trial.rivals, refused)
 
 
-def _candidates(region: Region, backends: Sequence[Backend], target: Target,
-                values: list[Any]) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
-    """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more."""
-    referee = EagerBackend().lower(region, target, Schedule())
-    kernels, refused = {"eager": referee}, dict[str, str]()
-    wanted: list[Any] | None = None
-    for backend in backends:
-        if reason := backend.supports(region, target):
-            refused[backend.name] = reason
-            continue
-        for schedule in backend.space(region, target):
-            wanted = run_kernel(referee, values) if wanted is None else wanted
-            label = f"{backend.name} {schedule}"
-            try:
-                kernel = backend.lower(region, target, schedule)
-                size, place = difference(run_kernel(kernel, values), wanted)
-            except Exception as error:  # whatever a backend raises costs this candidate only
-                refused[label] = (str(error).splitlines() or [type(error).__name__])[0]
-                continue
-            if size > 1:
-                refused[label] = f"wrong answer: {place} deviates {size:.3g} times more than rounding explains"
-            else:
-                kernels[label] = kernel
-    return kernels, refused
+def _stored(backend: Backend, region: Region, target: Target, trial: Trial) -> Kernel | None:
+    """The winner from the store of compiled kernels, if its backend can take code from there."""
+    found = kept(trial.library) if trial.library is not None else None
+    adopt = getattr(backend, "adopt", None)
+    if found is None or adopt is None:
+        return None
+    adopt(region, trial.schedule, *found)
+    return backend.lower(region, target, trial.schedule)
+
+
+def _named(name: str, backends: Sequence[Backend]) -> Backend:
+    return next(b for b in [EagerBackend(), *backends] if b.name == name)
 
 
 def _repeat(before: Choice, region: Region, backends: Sequence[Backend], target: Target) -> Choice | None:
     """The choice for a region that equals one already decided: same code, its own weights."""
     kernel = before.kernel
-    if kernel.destinations is None:  # weights and names of nodes are part of the kernel
-        rivals: list[Backend] = [EagerBackend(), *backends]
-        backend = next(b for b in rivals if b.name == kernel.backend)
+    if kernel.destinations is None or kernel.constants:  # weights or names of nodes are part of the kernel
+        backend = _named(kernel.backend, backends)
         if backend.supports(region, target) is not None:  # what was a weight there is computed or carried here
             return None
         kernel = backend.lower(region, target, kernel.schedule)
         kernel.seconds = before.kernel.seconds
     return Choice(region, kernel, before.rivals, before.refused)
-
-
-def run_kernel(kernel: Kernel, values: Sequence[Any]) -> list[Any]:
-    """Call a kernel, allocating its destinations if it has any. Returns the list of its outputs."""
-    if kernel.destinations is not None:
-        buffers = allocate(kernel, values)
-        kernel.call(*values, *kernel.constants, *buffers)
-        return buffers
-    result = kernel.call(*values, *kernel.constants)
-    return list(result) if isinstance(result, tuple) and kernel.outputs > 1 else [result]
-
-
-def allocate(kernel: Kernel, values: Sequence[Any]) -> list[torch.Tensor]:
-    """Fresh output buffers for a kernel with destinations, sized by its inputs."""
-    assert kernel.destinations is not None
-    return [
-        torch.empty([e if isinstance(e, int) else values[e[0]].shape[e[1]] for e in d.shape], dtype=d.dtype)
-        for d in kernel.destinations
-    ]
-
-
-def _bound(kernel: Kernel, values: Sequence[Any]) -> Callable[[], Any]:
-    return lambda: run_kernel(kernel, values)
 
 
 def _note_layouts(region: Region, values: Sequence[Any]) -> None:

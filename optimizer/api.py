@@ -14,13 +14,15 @@ from torch.utils import _pytree as pytree
 from .. import passes as P
 from .. import targets
 from ..codegen.cache import load as load_artefact
-from ..codegen.executable import Executable
-from ..codegen.save import versions
+from ..codegen.executable import Executable, threads
+from ..codegen.tuner import LEVELS, Tuner
+from ..codegen.versions import versions
 from ..passes.base import Context, Pass
 from ..passes.capture import capture
 from ..passes.errors import InputError, LatheError, UnknownNameError
 from ..passes.program import Program
-from ..targets.measure import compare
+from ..targets.folder import cache_folder
+from ..targets.records import Records
 from ..targets.target import Target
 from .judge import Judge, lower_and_judge
 from .kernels import kernel_rows
@@ -43,6 +45,9 @@ def optimize(
     quality: Quality | None = None,
     dynamic_shapes: Any = None,
     limit: int | None = None,
+    level: str = "default",
+    budget: float = 120.0,
+    num_threads: int | None = None,
     progress: Progress | None = None,
 ) -> Executable:
     """A faster drop-in for `model` on `target`, with a report of what was done.
@@ -57,10 +62,15 @@ def optimize(
         quality: budget for lossy passes; exact passes never need it.
         dynamic_shapes: as in `torch.export.export`.
         limit: stop after this many kept rewrites.
+        level: ``fast`` measures nothing and takes the likeliest kernels; ``default`` measures candidates that are not
+            on record; ``max`` also tries schedules that rarely win.
+        budget: seconds of trying candidate kernels, after which the likeliest are taken.
+        num_threads: threads of the result, whatever `torch.set_num_threads` says when it is called.
         progress: called with a short sentence at each step.
 
-    The result is for inference: it returns tensors without gradients, and packs weights, so that writing into the
-    model's parameters afterwards is seen in part at most. Optimize again after such a change.
+    Measurements are kept in the cache folder (see `TORCHLATHE_CACHE`): a second call with the same model measures
+    nothing. The result is for inference: it returns tensors without gradients, and packs weights, so that writing into
+    the model's parameters afterwards is seen in part at most. Optimize again after such a change.
 
     Raises:
         CaptureError: the model cannot be captured as one graph.
@@ -73,12 +83,15 @@ def optimize(
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
     original = model if isinstance(model, torch.nn.Module) else None
-    result = compile_program(program, flat, chosen, rewrites, original=original, data=data, quality=quality,
-                             limit=limit, progress=tell)  # fmt: skip
+    tuner = make_tuner(level, budget)
+    with threads(num_threads):
+        result = compile_program(program, flat, chosen, rewrites, original=original, data=data, quality=quality,
+                                 limit=limit, tuner=tuner, progress=tell)  # fmt: skip
+        result.num_threads = num_threads
     report = result.report
     report.model = type(model).__name__
-    if original is not None and not program.state:
-        _compare_with_model(result, original, args, kwargs or {}, tell)
+    if original is not None and not program.state and level != "fast":
+        _compare_with_model(result, original, args, kwargs or {}, tuner.records, tell)
     report.took = time.perf_counter() - start
     return result
 
@@ -94,6 +107,7 @@ def compile_program(
     quality: Quality | None = None,
     limit: int | None = None,
     timed: bool = True,
+    tuner: Tuner | None = None,
     progress: Progress | None = None,
 ) -> Executable:
     """Rewrite and lower a captured program; the part that both doors share.
@@ -102,15 +116,17 @@ def compile_program(
         flat: flat example inputs of the program.
         original: the module whose attributes the executable passes through.
         timed: judge rewrites by time as well as by answers.
+        tuner: chooses kernels; one with the user's records by default.
     """
+    tuner = tuner or make_tuner()
     before, flat = program.text(), [_dense(v) for v in flat]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         wanted = program.run(flat)
-    ctx = Context(target, data=data, quality=quality)
-    judge = Judge(flat, wanted, timed=timed)
+    ctx = Context(target, data=data, quality=quality, records=tuner.records)
+    judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records)
     best, steps = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
-    result, step, notes = lower_and_judge(best, target, judge, progress)
+    result, step, notes = lower_and_judge(best, target, judge, tuner, progress)
     result.__dict__["_model"] = original
     report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result.choices), notes=notes)
     report.graph_before, report.graph_after, report.versions = before, best.text(), versions()
@@ -200,13 +216,26 @@ def _runnable(target: str | Target) -> Target:
     return chosen
 
 
+def make_tuner(level: str = "default", budget: float = 120.0) -> Tuner:
+    """A tuner with the records in the cache folder. Raises InputError for an unknown level."""
+    if level not in LEVELS:
+        raise InputError(f"level is {level!r}", next_step=f"choose one of {', '.join(LEVELS)}")
+    records = Records(cache_folder() / "records")
+    notes = [] if records.problem is None else [records.problem]
+    return Tuner(level, budget, records, notes=notes)
+
+
 def _compare_with_model(result: Executable, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
-                        tell: Progress) -> None:  # fmt: skip
+                        records: Records, tell: Progress) -> None:  # fmt: skip
     """Time the executable against the model as the user calls it."""
     tell("compare with the original model")
     report = result.report
+    kernels = [f"{c.kernel.backend} {c.kernel.schedule}" for c in result.choices]
+    what = (find_target("cpu"), [type(model).__qualname__, report.graph_before], [report.graph_after, kernels])
     with torch.no_grad():
-        seen = compare(lambda: model(*args, **kwargs), lambda: result(*args, **kwargs), budget=1.5)
+        seen = Judge((), (), records=records).compare(
+            what, lambda: lambda: model(*args, **kwargs), lambda: lambda: result(*args, **kwargs), budget=1.5
+        )
     report.eager_seconds, report.seconds = seen.a.median, seen.b.median
     report.ratio, report.ratio_low, report.ratio_high = 1 / seen.ratio, 1 / seen.high, 1 / seen.low
     if seen.slower:

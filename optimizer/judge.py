@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..codegen.executable import Executable
 from ..codegen.lower import lower, lower_eager, trial
+from ..codegen.tuner import Tuner
+from ..codegen.versions import versions
 from ..passes.base import Context, Fidelity, Pass
 from ..passes.errors import VerifyError
 from ..passes.program import Program
 from ..passes.verify import difference, same_answers, well_formed
 from ..targets import cost
-from ..targets.measure import compare
-from ..targets.target import Target
+from ..targets.measure import Comparison, Timing, compare
+from ..targets.records import Records, key_of
+from ..targets.target import Target, fingerprint
 from .report import Step
+
+Make = Callable[[], Callable[[], Any]]
 
 
 def _calls(program: Program) -> str:
@@ -34,12 +39,14 @@ class Judge:
         inputs: flat example inputs.
         wanted: flat outputs of the original program on them.
         budget: seconds of interleaved timing per rewrite.
+        records: where comparisons are looked up and kept.
     """
 
     inputs: Sequence[Any]
     wanted: Sequence[Any]
     budget: float = 0.6
     timed: bool = True
+    records: Records = field(default_factory=Records)
 
     def decide(self, before: Program, after: Program, rewrite: Pass, ctx: Context, step: Step) -> Step:
         """The step with its verdict. An exact rewrite stays unless it is wrong or measurably slower."""
@@ -52,19 +59,49 @@ class Judge:
             return replace(step, reason=error.what)
         if not self.timed or _calls(before) == _calls(after):
             return replace(step, kept=True)
-        return self._race(trial(before, ctx.target), trial(after, ctx.target), step, rewrite.fidelity)
+        seen = self.compare(
+            (ctx.target, before.text(), after.text()),
+            lambda: self._call(trial(before, ctx.target)),
+            lambda: self._call(trial(after, ctx.target)),
+        )
+        return self._verdict(seen, step, rewrite.fidelity)
 
-    def decide_lowering(self, plain: Executable, lowered: Executable, step: Step) -> Step:
+    def decide_lowering(self, plain: Executable, lowered: Executable, target: Target, step: Step) -> Step:
         """The step with its verdict: the kernels together must give the original's answers and not be slower."""
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             size, place = difference(lowered.measured(self.inputs), self.wanted)
         if size > 1:
             return replace(step, reason=f"{place} deviates {size:.3g} times more than rounding explains")
-        return self._race(plain, lowered, step, Fidelity.EXACT) if self.timed else replace(step, kept=True)
+        if not self.timed:
+            return replace(step, kept=True)
+        kernels = [f"{c.kernel.backend} {c.kernel.schedule}" for c in lowered.choices]
+        what = target, plain.program.text(), kernels
+        seen = self.compare(what, lambda: self._call(plain), lambda: self._call(lowered))
+        return self._verdict(seen, step, Fidelity.EXACT)
 
-    def _race(self, old: Executable, new: Executable, step: Step, fidelity: Fidelity) -> Step:
-        seen = compare(lambda: old.measured(self.inputs), lambda: new.measured(self.inputs), budget=self.budget)
+    def compare(self, what: tuple[Target, Any, Any], a: Make, b: Make, budget: float | None = None) -> Comparison:
+        """The comparison of two callables, from the records if they were compared before.
+
+        Args:
+            what: the target, and plain values that say what `a` and `b` compute.
+            a: makes the first callable, and is not called if the comparison is on record.
+            b: makes the second one.
+        """
+        key = key_of("compare", fingerprint(what[0]), *what[1:], versions(), torch.get_num_threads())
+        stored = self.records.get(key)
+        if stored is not None:
+            first, second = (Timing(*stored[side]) for side in ("a", "b"))
+            return Comparison(first, second, *stored["ratio"])
+        seen = compare(a(), b(), budget=budget or self.budget)
+        sides = {k: [t.median, t.minimum, t.spread, t.rounds] for k, t in (("a", seen.a), ("b", seen.b))}
+        self.records.add({key: {**sides, "ratio": [seen.ratio, seen.low, seen.high]}})
+        return seen
+
+    def _call(self, executable: Executable) -> Callable[[], Any]:
+        return lambda: executable.measured(self.inputs)
+
+    def _verdict(self, seen: Comparison, step: Step, fidelity: Fidelity) -> Step:
         step = replace(
             step,
             seconds_before=seen.a.median,
@@ -78,11 +115,11 @@ class Judge:
 
 
 def lower_and_judge(
-    program: Program, target: Target, judge: Judge, progress: Callable[[str], None] | None = None
+    program: Program, target: Target, judge: Judge, tuner: Tuner, progress: Callable[[str], None] | None = None
 ) -> tuple[Executable, Step, list[str]]:
     """Lower the final program; the measured kernels stay if, as a whole, they beat plain operators."""
     start = time.perf_counter()
-    choices, notes = lower(program, target, judge.inputs, progress=progress)
+    choices, notes = lower(program, target, judge.inputs, tuner, progress)
     plain = Executable(program, lower_eager(program, target))
     sites = sum(c.kernel.backend != "eager" for c in choices)
     step = Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
@@ -90,7 +127,7 @@ def lower_and_judge(
         step, result = replace(step, refusal="no backend beats plain operators anywhere"), plain
     else:
         result = Executable(program, choices)
-        step = judge.decide_lowering(plain, result, step)
+        step = judge.decide_lowering(plain, result, target, step)
         result = result if step.kept else plain
     return result, replace(step, took=time.perf_counter() - start), notes
 

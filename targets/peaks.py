@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
+from .folder import cache_folder
+
 FORMAT = 1  # part of the digest
 REPEATABLE = 1.2  # two measurements further apart than this saw a busy machine
 
@@ -42,7 +44,7 @@ def cached_peaks(key: str, measure: Callable[[], tuple[Peaks, bool]], folder: Pa
         measure: gives the rates and whether they may be stored.
         folder: where to store; default: `torchlathe/` in the user's cache folder.
     """
-    folder = folder if folder is not None else _user_cache()
+    folder = folder if folder is not None else cache_folder()
     path = folder / f"cpu-{key[:32]}.json"
     if _private(folder):
         found = _read(path, key)
@@ -106,12 +108,6 @@ def _rates(call: Callable[[], object], work: float, seconds: float) -> list[floa
         call()
         rates.append(work / max(perf_counter() - before, 1e-9))
     return rates
-
-
-def _user_cache() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("torchlathe", appauthor=False)
 
 
 def _private(folder: Path) -> bool:

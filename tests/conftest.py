@@ -1,7 +1,11 @@
 """Make `torchlathe` importable from the source tree when it is not installed."""
 
+import atexit
 import importlib.util
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +19,10 @@ if importlib.util.find_spec("torchlathe") is None:
     module = importlib.util.module_from_spec(spec)
     sys.modules["torchlathe"] = module
     spec.loader.exec_module(module)
+
+if "TORCHLATHE_CACHE" not in os.environ:  # what other runs measured must not decide what is tested
+    os.environ["TORCHLATHE_CACHE"] = tempfile.mkdtemp(prefix="torchlathe-tests-")
+    atexit.register(shutil.rmtree, os.environ["TORCHLATHE_CACHE"], ignore_errors=True)
 
 
 def pytest_addoption(parser):

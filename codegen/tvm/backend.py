@@ -1,35 +1,94 @@
-"""The tvm backend: fused pointwise and row-reduction regions on the CPU, one vectorised and threaded kernel each."""
+"""The tvm backend: regions of one kernel family each, lowered to one vectorised and threaded function."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from ...passes.errors import LowerError
+from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Destination, Extent, Kernel, Region, Schedule
-from . import build, rows
+from . import build
+from .attention_family import AttentionFamily
 from .layout import expression
-from .plan import Plan, elements, make
-from .rules import name_of
+from .matmul_family import MatmulFamily
+from .row_family import RowFamily
 from .values import Unsupported
-
-# A launch on the shared pool costs about 1 us when its threads are awake and several when they sleep; below this many
-# vector instructions (about 5 us on one core) one thread is faster.
-SERIAL_BELOW = 16_000
 
 LARGEST = 48  # operators of one kernel: planning and compiling take more than linear time
 
-MOVES = frozenset(("unsqueeze", "squeeze", "permute", "transpose", "slice", "expand"))  # eager only changes strides
+
+class Lowering(Protocol):
+    """A region that a family has planned."""
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of one call, 0 if sizes are symbolic."""
+        ...
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake tensors of the parameters."""
+        ...
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """Dimensions of the outputs from the outermost to the innermost in memory, None if contiguous."""
+        ...
+
+    def space(self, target: Target) -> Iterable[Schedule]:
+        """Schedules worth trying, the likelier first."""
+        ...
+
+    def function(self, name: str, schedule: Schedule, target: Target) -> Any:
+        """The PrimFunc; its parameters are inputs, constants, outputs."""
+        ...
+
+    def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
+        """Tensors computed at compile time."""
+        ...
 
 
+class Family(Protocol):
+    """One kind of kernel: what it can plan, and the word that its kernels are named by."""
+
+    @property
+    def name(self) -> str:
+        """The word."""
+        ...
+
+    def claims(self, region: Region) -> bool:
+        """Whether the region is of this kind, judged by its operators alone."""
+        ...
+
+    def plan(self, region: Region, program: Program | None) -> Lowering:
+        """Raises Unsupported with the reason."""
+        ...
+
+
+# the first that claims a region plans it
+FAMILIES: tuple[Family, ...] = (AttentionFamily(), MatmulFamily(), RowFamily())
+
+
+@dataclass
 class TvmBackend:
-    """Lowers rows of pointwise operators, last-dimension reductions and layout views that keep the rows."""
+    """Lowers matrix products with their pointwise tail, and rows of pointwise operators and reductions.
 
-    name = "tvm"
+    Args:
+        program: where constant weights are found; without it every operand is taken at run time.
+    """
+
+    program: Program | None = None
+    name: str = "tvm"
+    _compiled: dict[tuple[str, str], tuple[Any, Callable[..., None], str]] = field(default_factory=dict, repr=False)
 
     def supports(self, region: Region, target: Target) -> str | None:
         """None if the region can be lowered, else the reason why not."""
@@ -40,7 +99,7 @@ class TvmBackend:
         if len(region.nodes) > LARGEST:
             return f"more than {LARGEST} operators"
         try:
-            make(region)
+            self._plan(region)
         except Unsupported as reason:
             return str(reason)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
@@ -48,58 +107,69 @@ class TvmBackend:
         return None
 
     def space(self, region: Region, target: Target) -> Iterable[Schedule]:
-        """Threaded or not (the likelier first), with two widths of unrolling; nothing for what eager does for free."""
-        if all(name_of(n) in MOVES for n in region.nodes):
-            return
-        plan = make(region)
-        work = _work(plan, target)
-        first = target.cores > 1 and (work is None or work >= SERIAL_BELOW)
-        threaded = [first] if target.cores == 1 or work is None or work > 64 * SERIAL_BELOW else [first, not first]
-        for parallel in threaded:
-            for unroll in (4, 2):
-                yield Schedule("rows", (("parallel", parallel), ("unroll", unroll)))
+        """What the region's family offers."""
+        return self._plan(region).space(target)
 
     def lower(self, region: Region, target: Target, schedule: Schedule) -> Kernel:
         """Compile the region. Raises LowerError."""
         try:
-            plan = make(region)
-            name = "rows_" + "_".join(dict.fromkeys(name_of(n) or "" for n in region.nodes))[:80]
-            func = rows.function(plan, name, _form(plan, target, schedule))
-            destinations = tuple(_destination(node, region) for node in region.outputs)
+            plan = self._plan(region)
+            name = self._named(region)
+            key = region.digest(), str(schedule)
+            if key not in self._compiled:
+                func = plan.function(name, schedule, target)
+                module = build.compile_function(func, build.host(target))
+                self._compiled[key] = module, build.entry(module, name), func.script()
+            destinations = tuple(_destination(node, region, plan.order) for node in region.outputs)
+            constants = plan.constants(schedule, target)
         except Unsupported as reason:
             raise LowerError(str(reason), node=region.nodes[0].name, by=self.name) from reason
-        module = build.compile_function(func, build.host(target))
-        count = elements(plan) or 0
+        module, entry, source = self._compiled[key]
         return Kernel(
-            name, self.name, build.entry(module, name), destinations,
-            source=func.script(), library=module.export_library, schedule=schedule,
-            flops=count * plan.weight, bytes=sum(_bytes(t) for t in plan.tensors),
+            name, self.name, entry, destinations, constants=constants, source=source,
+            library=module.export_library, schedule=schedule, flops=plan.flops, outputs=len(region.outputs),
+            bytes=sum(_bytes(t) for t in plan.tensors),
         )  # fmt: skip
 
+    def adopt(self, region: Region, schedule: Schedule, library: Path, source: str) -> None:
+        """Let `lower` take the code of this region and schedule from a library instead of compiling it."""
+        module = build.load_module(str(library))
+        name = self._named(region)
+        self._compiled[region.digest(), str(schedule)] = _Stored(module, library), build.entry(module, name), source
 
-def _lanes(target: Target) -> int:
-    return max(4, target.vector_bits // 32)
+    def constants(self, region: Region, target: Target, schedule: Schedule) -> tuple[torch.Tensor, ...]:
+        """The tensors that a kernel of this region and schedule takes after its inputs."""
+        return self._plan(region).constants(schedule, target)
+
+    def _named(self, region: Region) -> str:
+        family = next(f for f in FAMILIES if f.claims(region))
+        return f"{family.name}_" + "_".join(dict.fromkeys(_short(n) for n in region.nodes))[:80]
+
+    def _plan(self, region: Region) -> Lowering:
+        return next(f for f in FAMILIES if f.claims(region)).plan(region, self.program)
 
 
-def _work(plan: Plan, target: Target) -> int | None:
-    """Vector instructions of one call, None if sizes are symbolic."""
-    count = elements(plan)
-    return None if count is None else count * plan.weight // _lanes(target)
+@dataclass
+class _Stored:
+    """Code that was loaded from a library file."""
+
+    module: Any
+    path: Path
+
+    def export_library(self, path: str) -> None:
+        """Copy the file."""
+        shutil.copyfile(self.path, path)
 
 
-def _form(plan: Plan, target: Target, schedule: Schedule) -> rows.Form:
-    threshold = 0
-    if _work(plan, target) is None:
-        columns = int(plan.extents[-1]) if plan.extents[-1].is_Integer else 4096
-        threshold = max(2, math.ceil(SERIAL_BELOW * _lanes(target) / (columns * plan.weight)))
-    return rows.Form(_lanes(target), int(schedule["unroll"]), bool(schedule["parallel"]), threshold)
+def _short(node: fx.Node) -> str:
+    return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
 
 
-def _destination(node: fx.Node, region: Region) -> Destination:
+def _destination(node: fx.Node, region: Region, order: tuple[int, ...] | None) -> Destination:
     shape: list[Extent] = []
     for size in node.meta["val"].shape:
         shape.append(size if isinstance(size, int) else _find(size, region))
-    return Destination(tuple(shape), node.meta["val"].dtype)
+    return Destination(tuple(shape), node.meta["val"].dtype, order)
 
 
 def _find(size: torch.SymInt, region: Region) -> tuple[int, int]:

@@ -115,6 +115,11 @@ def put(b: Block, buffer: Any, offset: Any, value: Any) -> None:
     b.statements.append(tirx.BufferStore(buffer, b.let(value), [index]))
 
 
+def take(b: Block, buffer: Any, offset: Any) -> Any:
+    """Lanes at consecutive elements of a buffer."""
+    return tirx.BufferLoad(buffer, [tirx.Ramp(offset, integer(1), b.lanes) if b.lanes > 1 else offset])
+
+
 def integer(value: int) -> Any:
     """An int64 constant."""
     return tirx.IntImm("int64", value)
@@ -221,13 +226,12 @@ class Row:
     def reduce(self, values: Sequence[Value], segments: Sequence[tuple[int, int]], also: Also, stage: int) -> None:
         """Reduce rows of several values in one pass over the columns; `also` runs in the same pass."""
         slots = {}
+        start = Block(self.lanes)
         for v in values:
-            slots[v] = tirx.decl_buffer((self.unroll * self.lanes,), "float32", "acc", scope="local")
+            slots[v] = vector.register(start.dtype("float32"), self.unroll)
             self.block.statements.append(vector.on_stack(slots[v]))
-            start = Block(self.lanes)
             for u in range(self.unroll):
-                put(start, slots[v], integer(u * self.lanes), start.const(NEUTRAL[v.attr]))
-            self.block.statements += start.statements
+                self.block.statements.append(vector.assign(slots[v], start.const(NEUTRAL[v.attr]), u))
         rest: dict[Value, list[tuple[Any, int]]] = {v: [] for v in values}
 
         for low, high in segments:
@@ -239,13 +243,8 @@ class Row:
                     if slot is None:
                         rest[v].append((x, b.lanes))
                         continue
-                    at = (
-                        tirx.Ramp(integer(slot * self.lanes), integer(1), self.lanes)
-                        if self.lanes > 1
-                        else integer(slot)
-                    )
-                    total = vector.combine(v.attr, b, b.let(tirx.BufferLoad(slots[v], [at])), x)
-                    put(b, slots[v], integer(slot * self.lanes), total)
+                    total = vector.combine(v.attr, b, vector.read(slots[v], slot), x)
+                    b.statements.append(vector.assign(slots[v], total, slot))
                 also(b, column, low, memo)
 
             self.columns(low, high, body)
@@ -254,12 +253,7 @@ class Row:
 
     def _finish(self, how: str, slots: Any, rest: list[tuple[Any, int]]) -> Any:
         """The scalar that combines the accumulators of the loop and the vectors outside it."""
-        b = Block(self.lanes)
-        parts: dict[int, list[Any]] = {}
-        for u in range(self.unroll):
-            at = tirx.Ramp(integer(u * self.lanes), integer(1), self.lanes) if self.lanes > 1 else integer(u)
-            parts.setdefault(self.lanes, []).append(b.let(tirx.BufferLoad(slots, [at])))
-        self.block.statements += b.statements
+        parts: dict[int, list[Any]] = {self.lanes: [vector.read(slots, u) for u in range(self.unroll)]}
         for x, width in rest:
             parts.setdefault(width, []).append(x)
         total = None

@@ -19,6 +19,7 @@ LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4  # ln 2 in two parts: n * LN2_HI
 ROUND = 12582912.0  # 1.5 * 2**23: adding it rounds to the nearest integer, kept in the low mantissa bits
 
 EXP = (0.4999999403953552, 0.16666515171527863, 0.04166845604777336, 0.00836941134184599, 0.001381315873004496)
+EXP2 = (0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957, 0.001326472731307149)
 LOG = (0.3333333134651184, -0.250008225440979, 0.20001226663589478, -0.16623356938362122, 0.14201761782169342,
        -0.131601944565773, 0.12761549651622772, -0.07634429633617401)  # fmt: skip
 ERF_P = (1.1283791065216064, 0.19059383869171143, 0.052769310772418976, 0.003772553987801075, 0.00028484369977377355,
@@ -43,8 +44,9 @@ class Block:
     def let(self, value: Any) -> Any:
         """Keep a value in a register of its own.
 
-        Numbers go through one-register local buffers, which LLVM promotes, because TVM's analysers copy every bound
-        value into its uses: exponential time on straight-line code. Offsets are bound; conditions stay expressions.
+        Numbers go through local buffers of one element, which LLVM promotes, because TVM's analysers copy every bound
+        value into its uses: exponential time on straight-line code. The element is the whole vector: TVM writes a
+        vector lane by lane to a buffer of scalars. Offsets are bound; conditions stay expressions.
         """
         dtype = str(value.ty.dtype)
         if isinstance(value, tirx.Var) or "bool" in dtype:
@@ -53,12 +55,9 @@ class Block:
             var = tirx.Var("v", "int64")
             self.statements.append(tirx.Bind(var, value))
             return var
-        zero = tirx.IntImm("int64", 0)
-        scalar, lanes = dtype.partition("x")[0], int(dtype.partition("x")[2] or 1)
-        buffer = tirx.decl_buffer((lanes,), scalar, "v", scope="local")
-        at = zero if lanes == 1 else tirx.Ramp(zero, tirx.IntImm("int64", 1), lanes)
-        self.statements += [on_stack(buffer), tirx.BufferStore(buffer, value, [at])]
-        return tirx.BufferLoad(buffer, [at])
+        kept = register(dtype)
+        self.statements += [on_stack(kept), assign(kept, value)]
+        return read(kept)
 
     def const(self, value: float | int | bool, scalar: str = "float32") -> Any:
         """A constant in all lanes."""
@@ -99,6 +98,21 @@ INF = float("inf")
 def on_stack(buffer: Any) -> Any:
     """Allocate a buffer of static size in the function's frame (TVM's default is a call to its workspace pool)."""
     return tirx.AllocBuffer(buffer, {"disable_lower_builtin": tirx.const(True, "bool")})
+
+
+def register(dtype: str, count: int = 1) -> Any:
+    """Local variables of a scalar or vector type; LLVM keeps them in registers where their indices are constant."""
+    return tirx.decl_buffer((count,), dtype, "v", scope="local")
+
+
+def assign(variable: Any, value: Any, index: int = 0) -> Any:
+    """The statement that gives a register its value."""
+    return tirx.BufferStore(variable, value, [tirx.IntImm("int64", index)])
+
+
+def read(variable: Any, index: int = 0) -> Any:
+    """The value of a register."""
+    return tirx.BufferLoad(variable, [tirx.IntImm("int64", index)])
 
 
 def is_nan(b: Block, x: Any) -> Any:
@@ -148,6 +162,18 @@ def exp(b: Block, x: Any) -> Any:
     first = b.float_of((half + b.const(127, "int32")) << b.const(23, "int32"))
     second = b.float_of((whole - half + b.const(127, "int32")) << b.const(23, "int32"))
     return b.let(b.let(power * first) * second)
+
+
+def exp2_nonpositive(b: Block, x: Any) -> Any:
+    """2**x for x <= 0, relative error <= 4e-7; exactly 0 below 2**-126, NaN for NaN. The power of softmax.
+
+    x = n + r with |r| <= 1/2; 2**r is a polynomial of degree 5, 2**n comes from the low bits of the rounded sum.
+    """
+    shifted = b.let(x + b.const(ROUND + 127.0))
+    r = b.let(x - b.let(shifted - b.const(ROUND + 127.0)))
+    power = b.let(b.horner(r, EXP2) * r + b.const(1.0))
+    scale = b.float_of(b.bits(shifted) << b.const(23, "int32"))
+    return b.select(x < b.const(-126.0), b.const(0.0), power * scale)
 
 
 def log(b: Block, x: Any) -> Any:
@@ -224,6 +250,22 @@ def to_bfloat16(b: Block, x: Any) -> Any:
     odd = b.let((bits >> b.const(16, "int32")) & b.const(1, "int32"))
     rounded = b.let((bits + b.const(0x7FFF, "int32") + odd) >> b.const(16, "int32"))
     return tirx.Cast(b.dtype("uint16"), b.select(is_nan(b, x), b.const(0x7FC0, "int32"), rounded))
+
+
+def transpose(b: Block, rows: Sequence[Any]) -> list[Any]:
+    """A square of as many vectors as they have lanes, transposed in registers: log2(lanes) rounds of exchanges."""
+    rows, distance = list(rows), b.lanes // 2
+    while distance:
+        low = [i if not i & distance else i - distance + b.lanes for i in range(b.lanes)]
+        high = [i + distance if not i & distance else i + b.lanes for i in range(b.lanes)]
+        for i in range(b.lanes):
+            if not i & distance:
+                pair = [rows[i], rows[i + distance]]
+                rows[i], rows[i + distance] = (
+                    b.let(tirx.Shuffle(pair, [tirx.IntImm("int32", k) for k in lanes])) for lanes in (low, high)
+                )
+        distance //= 2
+    return rows
 
 
 def horizontal(kind: str, vector: Any, lanes: int) -> tuple[list[Any], Any]:

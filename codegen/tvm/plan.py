@@ -89,24 +89,24 @@ def make(region: Region) -> Plan:
     if any(isinstance(e, int) and e == 0 for e in space):
         raise Unsupported("a region without elements")
     build, members, memo = Builder(region, space), set(region.nodes), dict[Any, Value]()
-    tensors = [*(n.meta["val"] for n in region.inputs), *map(_result, region.outputs)]
+    tensors = [*(n.meta["val"] for n in region.inputs), *map(result_of, region.outputs)]
     outputs = []
     for k, node in enumerate(region.outputs):
         at, per_row = build.identity(), False
-        if not _equal(shape(node), space):
+        if not equal_shapes(shape(node), space):
             per_row, at = True, (*at[:-1], None)
-            if _equal(shape(node), space[:-1]):
+            if equal_shapes(shape(node), space[:-1]):
                 at = at[:-1]
-            elif not _equal(shape(node), (*space[:-1], 1)):
+            elif not equal_shapes(shape(node), (*space[:-1], 1)):
                 raise Unsupported(f"the output {node.name} has another shape than the region")
         value = read(build, members, memo, node, at)
         if per_row and value.vary:
             raise Unsupported(f"the output {node.name} takes one column of a row")
-        outputs.append(Output(value, per_row, _output_access(len(region.inputs) + k, space, per_row)))
+        outputs.append(Output(value, per_row, output_access(len(region.inputs) + k, space, per_row)))
     return _finish(space, tensors, outputs)
 
 
-def _result(node: fx.Node) -> torch.Tensor:
+def result_of(node: fx.Node) -> torch.Tensor:
     """What the kernel writes for an output: a contiguous tensor, also where eager would keep permuted strides.
 
     Later readers take layouts as they come, except callers of the program and code compiled for symbolic strides.
@@ -130,12 +130,14 @@ def _space(region: Region) -> tuple[Extent, ...]:
     return space
 
 
-def _equal(a: Iterable[Extent], b: Iterable[Extent]) -> bool:
+def equal_shapes(a: Iterable[Extent], b: Iterable[Extent]) -> bool:
+    """Whether two shapes are equal by their expressions."""
     a, b = tuple(a), tuple(b)
     return len(a) == len(b) and all(map(same, a, b))
 
 
-def _output_access(position: int, space: tuple[Extent, ...], per_row: bool) -> Access:
+def output_access(position: int, space: tuple[Extent, ...], per_row: bool) -> Access:
+    """The walk of a contiguous output."""
     strides: list[sympy.Expr] = []
     step: sympy.Expr = sympy.Integer(1)
     for k, extent in enumerate(reversed(space)):
@@ -148,7 +150,7 @@ def _output_access(position: int, space: tuple[Extent, ...], per_row: bool) -> A
 
 
 def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: list[Output]) -> Plan:
-    reached = _reach([o.value for o in outputs])
+    reached = reach([o.value for o in outputs])
     loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}
     reductions: dict[int, list[Value]] = {}
     for v in reached:
@@ -185,7 +187,7 @@ def _chunk(extents: list[sympy.Expr], accesses: list[Access]) -> list[sympy.Expr
     return [*extents[:-1], sympy.Integer(columns // size), sympy.Integer(size)]
 
 
-def _reach(roots: list[Value]) -> list[Value]:
+def reach(roots: list[Value]) -> list[Value]:
     """All values that the roots need, in a fixed order."""
     seen: dict[Value, None] = {}
     stack = list(reversed(roots))

@@ -38,7 +38,7 @@ class Value:
     """One value per (row, column), or per row where `vary` is false.
 
     Attributes:
-        op: ``load``, ``const``, ``reduce``, ``cat``, or the name of an elementwise operation.
+        op: ``load``, ``const``, ``reduce``, ``cat``, ``product``, or the name of an elementwise operation.
         args: operands.
         attr: what else defines it: input and coordinates, the constant, the kind of reduction, boundaries, a dtype.
         kind: scalar type that it is computed in: float32, int64, int32 or bool.
@@ -98,9 +98,15 @@ class Builder:
 
     def load(self, node: fx.Node, coords: tuple[Coordinate, ...]) -> Value:
         """An element of a region input."""
+        if node not in self.region.inputs:
+            raise Unsupported(f"{node.name} is read at other elements than its own")
         kind = KINDS[node.meta["val"].dtype]
         vary = any(c is not None and c[0] == "column" for c in coords)
         return self._make("load", (), (self.region.inputs.index(node), coords), kind, vary, 0, 1)
+
+    def product(self) -> Value:
+        """The element of a matrix product at this row and column: what the accumulators hold."""
+        return self._make("product", (), None, "float32", True, 0, 0)
 
     def cat(self, parts: Sequence[Value], bounds: tuple[int, ...]) -> Value:
         """Part k from column bounds[k] on."""

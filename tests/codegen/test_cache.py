@@ -282,7 +282,7 @@ def test_kernels_are_loaded_from_their_library(with_kernel, monkeypatch):
 def test_kernels_of_another_machine_are_compiled_again_and_counted(with_kernel, monkeypatch, reason):
     saved, path = with_kernel
     monkeypatch.setattr(cache, "_load_function", lambda data, name: pytest.fail("foreign code was loaded"))
-    monkeypatch.setattr(cache, "_tvm", StandIn)
+    monkeypatch.setattr(cache, "_tvm", lambda program: StandIn())
     if reason == "fingerprint":
         monkeypatch.setattr(targets, "fingerprint", lambda target: "0" * 64)
     if reason == "version":
@@ -305,24 +305,24 @@ def test_without_tvm_its_regions_run_eagerly_and_are_counted(with_kernel, monkey
 
 
 def test_kernel_files_are_private_checked_and_replaced_when_damaged(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache.platformdirs, "user_cache_path", lambda *a, **k: tmp_path / "cache")
-    with cache._library_file(b"code") as path:
+    monkeypatch.setenv("TORCHLATHE_CACHE", str(tmp_path / "cache"))
+    with cache.library_file(b"code") as path:
         assert path.read_bytes() == b"code" and path.is_relative_to(tmp_path / "cache")
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     path.write_bytes(b"evil")
-    with pytest.warns(UserWarning, match="damaged"), cache._library_file(b"code") as again:
+    with pytest.warns(UserWarning, match="damaged"), cache.library_file(b"code") as again:
         assert again == path and path.read_bytes() == b"code"
     path.unlink()
     (tmp_path / "elsewhere").write_bytes(b"code")
     path.symlink_to(tmp_path / "elsewhere")
-    with cache._library_file(b"code") as again:
+    with cache.library_file(b"code") as again:
         assert again.read_bytes() == b"code" and not again.is_symlink()
 
 
 def test_an_unwritable_cache_is_replaced_by_a_temporary_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
-    monkeypatch.setattr(cache.platformdirs, "user_cache_path", lambda *a, **k: tmp_path / "file")
-    with cache._library_file(b"code") as path:
+    monkeypatch.setenv("TORCHLATHE_CACHE", str(tmp_path / "file"))
+    with cache.library_file(b"code") as path:
         assert path.read_bytes() == b"code"
     assert not path.exists()
 
@@ -345,11 +345,11 @@ def test_two_processes_load_at_the_same_time(with_kernel, tmp_path):
     saved, path = with_kernel
     x = torch.linspace(-1, 1, 40).reshape(5, 8)
     code = f"""
-import torch, pathlib
+import os, torch
 from torchlathe.codegen import cache
-cache.platformdirs.user_cache_path = lambda *a, **k: pathlib.Path({str(tmp_path / "cache")!r})
+os.environ["TORCHLATHE_CACHE"] = {str(tmp_path / "cache")!r}
 def fake(data, name):
-    with cache._library_file(data) as file:
+    with cache.library_file(data) as file:
         assert file.read_bytes() == data and file.is_relative_to({str(tmp_path / "cache")!r})
     return lambda value, buffer: buffer.copy_(torch.nn.functional.gelu(value))
 cache._load_function = fake

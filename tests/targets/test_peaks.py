@@ -39,7 +39,7 @@ def test_measured_once_and_private(tmp_path: Path) -> None:
 
 
 def test_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchlathe.targets.peaks._user_cache", lambda: tmp_path / "torchlathe")
+    monkeypatch.setenv("TORCHLATHE_CACHE", str(tmp_path / "torchlathe"))
     measure, _ = counted()
     cached_peaks("k", measure)
     assert (tmp_path / "torchlathe" / "cpu-k.json").exists()

@@ -1,0 +1,156 @@
+"""A trial: all candidates for one region, checked against eager and timed interleaved on real values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..passes.verify import difference
+from ..targets.measure import compare_many, time_calls
+from ..targets.target import Target
+from .base import Backend, Kernel, Region, Schedule
+from .eager import EagerBackend
+from .graph_json import decode_value, encode_value
+
+Json = Any
+GAIN = 0.97  # a rival must need less than this share of eager's time: a tie goes to the referee
+CHECKS = "eager"  # the label of the referee
+
+
+@dataclass
+class Trial:
+    """What a trial found.
+
+    Attributes:
+        backend: text name of the fastest backend that gave eager's answers.
+        schedule: its schedule.
+        seconds: of one call of it, None if nothing was timed.
+        rivals: seconds of every candidate that was timed, by backend and schedule.
+        refused: why other candidates could not take the region or lost it.
+        kernel: the winner, if it was made in this process.
+        library: name of its compiled code in the store of kernels, None if it is not there.
+    """
+
+    backend: str = CHECKS
+    schedule: Schedule = field(default_factory=Schedule)
+    seconds: float | None = None
+    rivals: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    kernel: Kernel | None = None
+    library: str | None = None
+
+
+def hold(
+    region: Region,
+    backends: Sequence[Backend],
+    target: Target,
+    values: Sequence[Any],
+    budget: float,
+    *,
+    skip: Collection[str] = (),
+    tell: Callable[[str], None] = lambda label: None,
+) -> Trial:
+    """Make, check and time every candidate; the fastest wins, a tie goes to eager.
+
+    Args:
+        values: of the region's inputs.
+        budget: seconds of timing.
+        skip: labels of candidates that are known to fail.
+        tell: called with the label of each candidate before it is made, and with "timing".
+    """
+    kernels, refused = _candidates(region, backends, target, values, skip, tell)
+    calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
+    tell("timing")
+    if len(calls) == 1:
+        seconds = time_calls(calls[CHECKS], budget=0.01, warmup=1, min_rounds=3).median
+        return Trial(seconds=seconds, refused=refused, kernel=kernels[CHECKS])
+    rivals = {name: timing.median for name, timing in compare_many(calls, budget=budget).items()}
+    best = min(rivals, key=rivals.__getitem__)
+    if best != CHECKS and rivals[best] > GAIN * rivals[CHECKS]:
+        refused[best] = "not measurably faster than eager"
+        best = CHECKS
+    kernel = kernels[best]
+    return Trial(kernel.backend, kernel.schedule, rivals[best], rivals, refused, kernel)
+
+
+def encode_trial(trial: Trial) -> Json:
+    """A trial as plain JSON, without its kernel."""
+    return {"backend": trial.backend, "schedule": [trial.schedule.name, encode_value(trial.schedule.params)],
+            "seconds": trial.seconds, "rivals": trial.rivals, "refused": trial.refused,
+            "library": trial.library}  # fmt: skip
+
+
+def decode_trial(stored: Json) -> Trial:
+    """The inverse of `encode_trial`. Raises KeyError, ValueError or TypeError for foreign content."""
+    name, params = stored["schedule"]
+    return Trial(stored["backend"], Schedule(name, decode_value(params)), stored["seconds"], stored["rivals"],
+                 stored["refused"], library=stored["library"])  # fmt: skip
+
+
+def guess(region: Region, backends: Sequence[Backend], target: Target) -> tuple[Backend, Schedule]:
+    """The likeliest candidate, by the order in which backends offer schedules. Nothing is run."""
+    for backend in backends:
+        if backend.supports(region, target) is None:
+            first = next(iter(backend.space(region, target)), None)
+            if first is not None:
+                return backend, first
+    return EagerBackend(), Schedule()
+
+
+def _candidates(
+    region: Region, backends: Sequence[Backend], target: Target, values: Sequence[Any], skip: Collection[str],
+    tell: Callable[[str], None],
+) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
+    """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more."""
+    referee = EagerBackend().lower(region, target, Schedule())
+    kernels, refused = {CHECKS: referee}, dict[str, str]()
+    wanted: list[Any] | None = None
+    for backend in backends:
+        if reason := backend.supports(region, target):
+            refused[backend.name] = reason
+            continue
+        for schedule in backend.space(region, target):
+            wanted = run_kernel(referee, values) if wanted is None else wanted
+            label = f"{backend.name} {schedule}"
+            if label in skip:
+                continue
+            tell(label)
+            try:
+                kernel = backend.lower(region, target, schedule)
+                size, place = difference(run_kernel(kernel, values), wanted)
+            except Exception as error:  # whatever a backend raises costs this candidate only
+                refused[label] = (str(error).splitlines() or [type(error).__name__])[0]
+                continue
+            if size > 1:
+                refused[label] = f"wrong answer: {place} deviates {size:.3g} times more than rounding explains"
+            else:
+                kernels[label] = kernel
+    return kernels, refused
+
+
+def run_kernel(kernel: Kernel, values: Sequence[Any]) -> list[Any]:
+    """Call a kernel, allocating its destinations if it has any. Returns the list of its outputs."""
+    if kernel.destinations is not None:
+        buffers = allocate(kernel, values)
+        kernel.call(*values, *kernel.constants, *buffers)
+        return buffers
+    result = kernel.call(*values, *kernel.constants)
+    return list(result) if isinstance(result, tuple) and kernel.outputs > 1 else [result]
+
+
+def allocate(kernel: Kernel, values: Sequence[Any]) -> list[torch.Tensor]:
+    """Fresh output buffers for a kernel with destinations, sized by its inputs."""
+    assert kernel.destinations is not None
+    buffers = []
+    for d in kernel.destinations:
+        sizes = [e if isinstance(e, int) else values[e[0]].shape[e[1]] for e in d.stored()]
+        buffer = torch.empty(sizes, dtype=d.dtype)
+        buffers.append(buffer if d.order is None else buffer.permute(d.seen()))
+    return buffers
+
+
+def _bound(kernel: Kernel, values: Sequence[Any]) -> Callable[[], Any]:
+    return lambda: run_kernel(kernel, values)

@@ -1,0 +1,105 @@
+"""Tuning: choose a backend and a schedule for a region from records, by a trial in a child process, or by guess."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..passes.errors import ArtefactError
+from ..passes.program import Program
+from ..targets.folder import cache_folder
+from ..targets.records import Records, key_of
+from ..targets.target import Target, fingerprint
+from .base import Backend, Region
+from .request import encode_request
+from .trial import Trial, decode_trial, encode_trial, guess, hold
+from .versions import versions
+from .workshop import workshop
+
+PATIENCE = 60.0  # seconds that one candidate may take to be made and checked
+LEVELS = ("fast", "default", "max")
+Json = Any
+
+
+@dataclass
+class Tuner:
+    """Trials for the regions of one program.
+
+    Attributes:
+        level: ``fast`` never measures; ``default`` and ``max`` do.
+        budget: seconds of trials, after which the likeliest candidate is taken unmeasured.
+        records: where trials are looked up and kept.
+        isolated: whether candidates are tried in a child process.
+        each: seconds of timing per region.
+        notes: what a user should know about how choices were made.
+    """
+
+    level: str = "default"
+    budget: float = 120.0
+    records: Records = field(default_factory=Records)
+    isolated: bool = True
+    each: float = 0.1
+    notes: list[str] = field(default_factory=list)
+    measured: int = 0
+    _spent: float = 0.0
+
+    def choose(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
+               values: Sequence[Any]) -> Trial:  # fmt: skip
+        """The trial of a region: recorded, held now, or guessed."""
+        key = self._key(region, backends, target)
+        stored = None if self.level == "fast" else self.records.get(key)
+        if stored is not None:
+            return decode_trial(stored)
+        if self.level == "fast" or self._spent >= self.budget:
+            if self.level != "fast" and "the tuning budget is spent" not in self.notes:
+                self.notes.append("the tuning budget is spent")
+            backend, schedule = guess(region, backends, target)
+            return Trial(backend.name, schedule)
+        start = time.perf_counter()
+        trial = self._hold(program, region, backends, target, values)
+        self._spent += time.perf_counter() - start
+        self.measured += 1
+        self.records.add({key: encode_trial(trial)})
+        return trial
+
+    def _key(self, region: Region, backends: Sequence[Backend], target: Target) -> str:
+        names = [b.name for b in backends]
+        return key_of("trial", fingerprint(target), region.digest(), names, versions(), torch.get_num_threads())
+
+    def _hold(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
+              values: Sequence[Any]) -> Trial:  # fmt: skip
+        offers = any(
+            b.supports(region, target) is None and any(True for _ in b.space(region, target)) for b in backends
+        )
+        if not self.isolated or not offers:
+            return hold(region, backends, target, values, self.each)
+        skip: dict[str, str] = {}
+        with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+            try:
+                request = encode_request(program, region, values, target, f"{folder}/values")
+            except (ArtefactError, ValueError, TypeError, RuntimeError) as reason:
+                self.notes.append(f"tried in this process: {str(reason).splitlines()[0]}")
+                return hold(region, backends, target, values, self.each)
+            request |= {"budget": self.each, "threads": torch.get_num_threads(), "folder": str(cache_folder())}
+            while len(skip) < 8:
+                answer = workshop().ask(request | {"skip": list(skip)}, PATIENCE)
+                if "trial" in answer:
+                    trial = decode_trial(answer["trial"])
+                    trial.refused |= skip
+                    return trial
+                if answer.get("trying", "timing") == "timing":
+                    return Trial(refused={**skip, "all": answer["failed"]})
+                skip[answer["trying"]] = answer["failed"]
+        return Trial(refused=skip)
+
+
+def _memory_folder() -> str | None:
+    folder = Path("/dev/shm")  # values need not touch a disk
+    return str(folder) if os.access(folder, os.W_OK) else None

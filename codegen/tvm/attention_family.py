@@ -1,0 +1,81 @@
+"""The attention family: tiles that fit the registers, and a block of keys whose scores fit the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...passes.program import Program
+from ...targets.target import Target
+from ..base import Region, Schedule
+from .attention import Form, function
+from .attention_plan import OPERATOR, Attention, memory_order, plan
+from .row_family import lanes_of
+from .rules import name_of
+
+HEIGHTS = {4: 6, 3: 8, 2: 12, 1: 16}  # rows of a tile by its vectors: 24 accumulators of 32 vector registers
+SMALL_HEIGHTS = {2: 4, 1: 8}  # for 16 vector registers
+BLOCK = 512  # keys whose scores are kept at once
+SERIAL_BELOW = 200_000  # floating point operations that are not worth a launch on several threads
+
+
+class AttentionFamily:
+    """Regions of one scaled dot product attention."""
+
+    name = "attention"
+
+    def claims(self, region: Region) -> bool:
+        """Whether an attention operator is in the region."""
+        return any(name_of(n) == OPERATOR for n in region.nodes)
+
+    def plan(self, region: Region, program: Program | None) -> AttentionLowering:
+        """The attention. Raises Unsupported."""
+        return AttentionLowering(plan(region))
+
+
+@dataclass
+class AttentionLowering:
+    """A planned attention."""
+
+    attention: Attention
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake tensors of the parameters."""
+        return self.attention.tensors
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Heads inside queries."""
+        return memory_order(len(self.attention.lead) + 2)
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of both products, 0 if sizes are symbolic."""
+        return self.attention.flops
+
+    def space(self, target: Target) -> Iterable[Schedule]:
+        """Query tiles of several widths, score tiles to match."""
+        lanes, queries, keys = lanes_of(target), self.attention.queries, self.attention.keys
+        registers = 28 if target.vector_bits >= 512 else 12
+        most = -(-int(queries) // lanes) if queries.is_Integer else 4
+        block = min(int(keys), BLOCK) if keys.is_Integer else BLOCK
+        for vectors in dict.fromkeys(min(v, most) for v in ((4, 3, 2) if registers > 12 else (2, 1))):
+            height = HEIGHTS[vectors] if registers > 12 else SMALL_HEIGHTS[vectors]
+            names = ("vectors", "rows", "block")
+            yield Schedule("attention", tuple(zip(names, (vectors, height, block), strict=True)))
+
+    def function(self, name: str, schedule: Schedule, target: Target) -> Any:
+        """The PrimFunc."""
+        p = self.attention
+        vectors, height, block = (int(schedule[k]) for k in ("vectors", "rows", "block"))
+        features = -(-p.value_features // -(-p.value_features // height))  # tiles of equal height
+        threaded = target.cores > 1 and (p.flops == 0 or p.flops >= SERIAL_BELOW)
+        return function(p, name, Form(lanes_of(target), vectors, height, features, block, threaded))
+
+    def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
+        """None."""
+        return ()

@@ -1,0 +1,151 @@
+"""The attention family: what one attention operator computes, and how it may be tiled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ..base import Region
+from .layout import expression
+from .values import Unsupported, bound, same
+
+OPERATOR = "scaled_dot_product_attention"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 256  # features of a head
+
+Heads = list[tuple[sympy.Expr, int]]  # for each leading dimension: stride, and how many heads share one element
+
+
+@dataclass
+class Attention:
+    """softmax(query key^T scale + mask) value for every head.
+
+    Attributes:
+        tensors: fake tensors of the parameters: inputs, then the output.
+        position: parameter number of query, key, value, mask and output.
+        lead: sizes of the leading dimensions, heads last.
+        heads: walk of each tensor over the leading dimensions.
+        steps: stride of each tensor along its last two dimensions.
+        queries: number of queries.
+        keys: number of keys.
+        features: features of query and key.
+        value_features: features of value and output.
+        scale: what scores are multiplied with.
+        causal: whether query i sees keys 0 to i only.
+        masked: whether there is a mask.
+        mask_per_query: whether the mask differs from query to query.
+    """
+
+    tensors: list[torch.Tensor]
+    position: dict[str, int]
+    lead: list[sympy.Expr]
+    heads: dict[str, Heads]
+    steps: dict[str, tuple[sympy.Expr, sympy.Expr]]
+    queries: sympy.Expr
+    keys: sympy.Expr
+    features: int
+    value_features: int
+    scale: float
+    causal: bool
+    masked: bool
+    mask_per_query: bool
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of both products, 0 if sizes are symbolic."""
+        sizes = [*self.lead, self.queries, self.keys]
+        if not all(s.is_Integer for s in sizes):
+            return 0
+        full = 2 * math.prod(int(s) for s in sizes) * (self.features + self.value_features)
+        return full // 2 if self.causal and self.queries == self.keys else full
+
+
+def plan(region: Region) -> Attention:
+    """The attention of a region of one operator. Raises Unsupported with the reason."""
+    if len(region.nodes) != 1:
+        raise Unsupported("attention with other operators")
+    (node,) = region.nodes
+    given = bound(node)
+    if given["dropout_p"]:
+        raise Unsupported("attention with dropout")
+    operands = {"query": given["query"], "key": given["key"], "value": given["value"]}
+    if given["attn_mask"] is not None:
+        operands["mask"] = given["attn_mask"]
+        if given["is_causal"]:
+            raise Unsupported("attention with a mask that is also causal")
+    for name, operand in operands.items():
+        _check(name, operand, node)
+    output = result_of(node.meta["val"])
+    query, key, value = (operands[n].meta["val"] for n in ("query", "key", "value"))
+    features, own = query.shape[-1], value.shape[-1]
+    if not isinstance(features, int) or not isinstance(own, int) or not 0 < max(features, own) <= WIDEST:
+        raise Unsupported(f"attention heads of {features} features")
+    if query.dim() < 3 or any(t.dim() != query.dim() for t in (key, value)):
+        raise Unsupported("attention operands of different ranks")
+    tensors = {**{n: operands[n].meta["val"] for n in operands}, "output": output}
+    heads = {n: _heads(t, query, bool(given.get("enable_gqa"))) for n, t in tensors.items()}
+    steps = {n: (expression(t.stride(-2)), expression(t.stride(-1))) for n, t in tensors.items()}
+    per_query = False
+    if "mask" in tensors:
+        sizes = tensors["mask"].shape[-2:]
+        steps["mask"] = tuple(sympy.Integer(0) if _is_one(n) else s  # type: ignore[assignment]
+                              for n, s in zip(sizes, steps["mask"], strict=True))  # fmt: skip
+        per_query = steps["mask"][0] != 0
+    scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(features)
+    position = {n: region.inputs.index(operand) for n, operand in operands.items()} | {"output": len(region.inputs)}
+    return Attention(
+        [*(n.meta["val"] for n in region.inputs), output], position, [expression(s) for s in query.shape[:-2]],
+        heads, steps, expression(query.shape[-2]), expression(key.shape[-2]), features, own, float(scale),
+        bool(given["is_causal"]), "mask" in tensors, per_query,
+    )  # fmt: skip
+
+
+def result_of(value: torch.Tensor) -> torch.Tensor:
+    """The output as the kernel writes it: heads inside queries, the layout that the next projection reads in place."""
+    order = memory_order(value.dim())
+    permuted = value.new_empty([value.shape[d] for d in order])
+    return permuted.permute([order.index(d) for d in range(value.dim())])
+
+
+def memory_order(rank: int) -> tuple[int, ...]:
+    """Dimensions of an attention result from the outermost to the innermost in memory."""
+    return (*range(rank - 3), rank - 2, rank - 3, rank - 1)
+
+
+def _check(name: str, operand: Any, node: fx.Node) -> None:
+    value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
+        raise Unsupported(f"the {name} is not a dense tensor on the CPU")
+    own: torch.Tensor = node.meta["val"]
+    if value.dtype not in (FLOATS if name != "mask" else (*FLOATS, torch.bool)):
+        raise Unsupported(f"attention with {name} in {value.dtype}")
+    if name != "mask" and value.dtype is not own.dtype:
+        raise Unsupported("attention operands of different dtypes")
+    if any(isinstance(s, int) and s == 0 for s in value.shape):
+        raise Unsupported("attention without elements")
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _heads(tensor: torch.Tensor, query: torch.Tensor, grouped: bool) -> Heads:
+    """Walk of a tensor over the query's leading dimensions, aligned at the end, broadcast where it has one element."""
+    lead, found = query.shape[:-2], Heads()
+    own = list(tensor.shape[:-2])
+    for d, size in enumerate(lead):
+        at = d - (len(lead) - len(own))
+        if at < 0 or _is_one(own[at]):
+            found.append((sympy.Integer(0), 1))
+        elif same(own[at], size):
+            found.append((expression(tensor.stride(at)), 1))
+        elif grouped and d == len(lead) - 1 and isinstance(size, int) and isinstance(own[at], int):
+            found.append((expression(tensor.stride(at)), size // own[at]))
+        else:
+            raise Unsupported("attention operands with different batch sizes")
+    return found

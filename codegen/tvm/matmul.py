@@ -1,0 +1,244 @@
+"""The TIR function of a matrix product: tasks over batch, row blocks and panels, register tiles, the fused tail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+from tvm import tirx
+
+from .emit import Memory, Row, integer, parallel, put, sequence, serial
+from .layout import Access, Sizes, flat, parameter
+from .math import Block, on_stack
+from .product import Product
+from .tile import Tile, split
+from .values import Value
+
+STACK = 32768  # bytes of a packed panel that may lie in the frame of a task
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a product is cut: lanes of a vector, rows and vectors of a tile, tiles and panels of a task."""
+
+    lanes: int
+    rows: int
+    vectors: int
+    tiles: int
+    panels: int
+    parallel: bool
+
+    @property
+    def width(self) -> int:
+        """Columns of a panel."""
+        return self.vectors * self.lanes
+
+
+def function(product: Product, name: str, form: Form) -> Any:
+    """The complete PrimFunc; parameters are inputs, the packed weight if there is one, outputs."""
+    sizes = Sizes()
+    outputs = len(product.outputs)
+    position = len(product.tensors) - outputs - 1
+    buffers = []
+    for k, tensor in enumerate(product.tensors):
+        if product.packed and k == position:
+            shape = [integer(n) for n in (-(-product.columns // form.width), product.depth, form.width)]
+            buffers.append(tirx.decl_buffer(shape, "float32", "packed", data_alignment=4))
+        else:
+            buffers.append(parameter(f"t{k}", tensor, sizes))
+    dtypes = [t.dtype for t in product.tensors]
+    views = [flat(f"f{k}", b, d) for k, (b, d) in enumerate(zip(buffers, dtypes, strict=True))]
+    body: list[Any] = [tirx.DeclBuffer(v, data=b.data) for v, b in zip(views, buffers, strict=True)]
+    body += _Emitter(product, form, sizes, Memory(views, dtypes), position).statements()
+    func = tirx.PrimFunc(buffers, sequence(body))
+    return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+
+
+@dataclass
+class _Emitter:
+    product: Product
+    form: Form
+    sizes: Sizes
+    memory: Memory
+    packed: int
+    rows: Any = None
+    digits: list[Any] = field(default_factory=list)  # of the batch, in the current task
+    scratch: Any = None  # the panel packed by the current task
+
+    def statements(self) -> list[Any]:
+        """The loop over tasks."""
+        p, form, head = self.product, self.form, Block(1)
+        lead = [self.sizes.tir(e) for e in p.extents[: p.batch]]
+        self.rows = head.let(self.sizes.tir(sympy.Mul(*p.extents[p.batch : -1])))
+        tiles = tirx.floordiv(self.rows + integer(form.rows - 1), integer(form.rows))
+        blocks = head.let(tirx.floordiv(tiles + integer(form.tiles - 1), integer(form.tiles)))
+        groups = -(-self._panels() // form.panels)
+        total = blocks * integer(groups)
+        for size in lead:
+            total = total * size
+        total = head.let(total)
+        task, b = tirx.Var("task", "int64"), Block(1)
+        *self.digits, block, group = split(b, task, [*lead, blocks, integer(groups)])
+        inner = self._task(b, block, group, blocks)
+        loop = parallel if form.parallel else serial
+        return [*head.statements, loop(task, total, b.statements + inner)]
+
+    def _panels(self) -> int:
+        return -(-self.product.columns // self.form.width)
+
+    def _task(self, b: Block, block: Any, group: Any, blocks: Any) -> list[Any]:
+        """One block of rows times one group of panels."""
+        form, columns = self.form, self.product.columns
+        whole, last = divmod(columns, form.width)
+        first = b.let(block * integer(form.tiles))
+        full = b.let(tirx.floordiv(self.rows, integer(form.rows)))
+        count = b.let(tirx.max(tirx.min(integer(form.tiles), full - first), integer(0)))
+        ends = tirx.EQ(block, blocks - integer(1))
+        panel, low = tirx.Var("panel", "int64"), b.let(group * integer(form.panels))
+        high = b.let(tirx.min(low + integer(form.panels), integer(whole)))
+
+        def rows(number: Any, valid: int) -> list[Any]:
+            tile = tirx.Var("tile", "int64")
+            body = self._right(number, valid)
+            body.append(serial(tile, count, self._tile((first + tile) * integer(form.rows), form.rows, number, valid)))
+            rest = list(self._rest(full * integer(form.rows), number, valid))
+            return [*body, *(tirx.IfThenElse(ends, sequence(rest), None) for _ in rest[:1])]
+
+        found: list[Any] = []
+        if whole:
+            found.append(serial(panel, high - low, rows(low + panel, form.width)))
+        if last:
+            alone = sequence(rows(integer(whole), last))
+            groups = -(-self._panels() // form.panels)
+            found.append(alone if groups == 1 else tirx.IfThenElse(tirx.EQ(group, integer(groups - 1)), alone, None))
+        return found
+
+    def _rest(self, start: Any, panel: Any, valid: int) -> Iterable[Any]:
+        """Rows after the last whole tile: one lower tile, or tiles of halving heights where the count is not static."""
+        if self.product.rows is not None:
+            left = self.product.rows % self.form.rows
+            if left:
+                yield sequence(self._tile(start, left, panel, valid))
+            return
+        heights = [h for h in (8, 4, 2, 1) if h < self.form.rows]
+        remaining = tirx.floormod(self.rows, integer(self.form.rows))
+        for height in heights:
+            # rows before this tile: those of the larger heights that are in the binary form of the remainder
+            above = remaining - tirx.floormod(remaining, integer(2 * height)) if height != heights[0] else integer(0)
+            rounds = tirx.floormod(tirx.floordiv(remaining, integer(height)), integer(2))
+            if height == heights[0]:
+                rounds = tirx.floordiv(remaining, integer(height))
+            loop = tirx.Var("extra", "int64")
+            yield serial(loop, rounds, self._tile(start + above + loop * integer(height), height, panel, valid))
+
+    def _right(self, panel: Any, valid: int) -> list[Any]:
+        """Statements that make the right operand's panel readable in vectors: nothing for a packed weight."""
+        p, form = self.product, self.form
+        self.scratch = None
+        if p.packed:
+            return []
+        self.scratch = tirx.decl_buffer((p.depth * form.width,), "float32", "panel", data_alignment=64)
+        small = p.depth * form.width * 4 <= STACK
+        b = Block(1)
+        base = b.let(
+            self._offset(p.right, self.digits) + panel * integer(form.width) * self.sizes.tir(p.right_steps[1])
+        )
+        step, across = (self.sizes.tir(s) for s in p.right_steps)
+        k, column = tirx.Var("k", "int64"), tirx.Var("column", "int64")
+        source, into = self.memory.views[p.right.buffer], self.scratch
+        wide = Block(form.lanes)
+        if p.right_steps[1] == 1:  # rows of the operand are vectors
+            lanes = [v for v in range(form.vectors) if (v + 1) * form.lanes <= valid]
+            for v in lanes:
+                at = tirx.Ramp(base + k * step + integer(v * form.lanes), integer(1), form.lanes)
+                put(wide, into, k * integer(form.width) + integer(v * form.lanes), tirx.BufferLoad(source, [at]))
+            done = len(lanes) * form.lanes
+        else:
+            done = 0
+        if done < form.width:  # column by column; what lies beyond the operand is zero
+            inside = tirx.if_then_else(
+                column + integer(done) < integer(valid),
+                tirx.BufferLoad(source, [base + k * step + (column + integer(done)) * across]),
+                tirx.const(0.0, "float32"),
+            )
+            store = tirx.BufferStore(into, inside, [k * integer(form.width) + column + integer(done)])
+            wide.statements.append(serial(column, integer(form.width - done), [store]))
+        frame = on_stack(into) if small else tirx.AllocBuffer(into)
+        return [frame, *b.statements, serial(k, integer(p.depth), wide.statements)]
+
+    def _tile(self, start: Any, height: int, panel: Any, valid: int) -> list[Any]:
+        """One register tile: rows [start, start + height) of one panel, `valid` columns of it, with the tail."""
+        p, form, b = self.product, self.form, Block(1)
+        vectors = -(-valid // form.lanes)
+        tile = Tile(height, vectors, form.lanes)
+        first = b.let(start)
+        walks = [self._row_digits(b, first + integer(i)) for i in range(height)]
+        left = [b.let(self._offset(p.left, [*self.digits, *w])) for w in walks]
+        step = self.sizes.tir(p.left_step)
+        source, width = self.memory.views[p.left.buffer], form.width
+
+        def number(one: Block, row: int, k: Any) -> Any:
+            return tirx.BufferLoad(source, [left[row] + (k if p.left_step == 1 else k * step)])
+
+        def vector(wide: Block, v: int, k: Any) -> Any:
+            where = k * integer(width) + integer(v * form.lanes)
+            if self.scratch is not None:
+                return tirx.BufferLoad(self.scratch, [tirx.Ramp(where, integer(1), form.lanes)])
+            where = panel * integer(p.depth * width) + where
+            return tirx.BufferLoad(self.memory.views[self.packed], [tirx.Ramp(where, integer(1), form.lanes)])
+
+        loop = [*tile.start(), tile.accumulate(integer(p.depth), number, vector)]
+        column = b.let(panel * integer(width))
+        stores = [s for i, w in enumerate(walks) for s in self._store(tile, i, [*self.digits, *w], column, valid)]
+        return [*b.statements, *loop, *stores]
+
+    def _row_digits(self, b: Block, row: Any) -> list[Any]:
+        p = self.product
+        return split(b, b.let(row), [self.sizes.tir(e) for e in p.extents[p.batch : -1]])
+
+    def _offset(self, access: Access, digits: list[Any]) -> Any:
+        base = self.sizes.tir(access.shift)
+        for digit, stride in zip(digits, access.strides, strict=False):
+            if stride != 0:
+                base = base + (digit if stride == 1 else digit * self.sizes.tir(stride))
+        return base
+
+    def _store(self, tile: Tile, row: int, digits: list[Any], column: Any, valid: int) -> list[Any]:
+        """The fused tail of one row of a tile, and its stores."""
+        p, head, known = self.product, Block(1), dict[int, Any]()
+
+        def bound(access: Access) -> Any:
+            if id(access) not in known:
+                known[id(access)] = head.let(self._offset(access, digits))
+            return known[id(access)]
+
+        def offsets(v: Value) -> tuple[Any, Any]:
+            return bound(p.loads[v]), self.sizes.tir(p.loads[v].strides[-1])
+
+        lines = Row(head, self.memory, offsets, self.form.lanes, 1)
+        wide: list[Any] = []
+        for low, lanes, lane in pieces(valid, self.form.lanes):
+            b, v = Block(lanes), low // self.form.lanes
+            value = tile.value(row, v)
+            if lanes < self.form.lanes:
+                value = b.let(tirx.Shuffle([value], [tirx.IntImm("int32", lane + i) for i in range(lanes)]))
+            memo = {p.result: value}
+            for o in p.outputs:
+                at = b.let(column + integer(low))
+                self.memory.store(b, o.access.buffer, bound(o.access) + at, lines.element(b, o.value, at, low, memo, 0))
+            wide += b.statements
+        return [*head.statements, *wide]
+
+
+def pieces(valid: int, lanes: int) -> list[tuple[int, int, int]]:
+    """(first column, lanes, first lane in its vector) of the vectors, and parts of one, that cover `valid` columns."""
+    found = [(c, lanes, 0) for c in range(0, valid - lanes + 1, lanes)]
+    column, width = valid // lanes * lanes, lanes // 2
+    while column < valid:
+        if column + width <= valid:
+            found.append((column, width, column % lanes))
+            column += width
+        width //= 2
+    return found

@@ -1,0 +1,136 @@
+"""The matmul family: how a product is packed, tiled and cut into tasks.
+
+The weight is packed once into panels of `width` columns, [panels, depth, width], so that every step of the inner loop
+reads consecutive memory. A right operand that is only known at run time is packed panel by panel by the task that
+needs it. What follows the product (bias, activation, residual, scale, cast) is a row program that reads the
+accumulators, so the result is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...passes.program import Program
+from ...targets.target import Target
+from ..base import Region, Schedule
+from .matmul import Form, function
+from .product import LINEAR, MATRIX, Product, operands, plan
+from .row_family import lanes_of
+from .rules import name_of
+from .values import Unsupported
+
+TILES = ((6, 4), (12, 2), (9, 3))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
+SMALL_TILES = ((4, 2), (6, 1))  # for 16 vector registers
+BLOCK_COLUMNS = 192  # of one task when rows are cut into blocks
+SERIAL_BELOW = 400_000  # floating point operations that are not worth a launch on several threads
+
+
+def pack(weight: torch.Tensor, transposed: bool, width: int) -> torch.Tensor:
+    """A weight, [columns, depth] if transposed else [depth, columns], as zero-padded panels [panels, depth, width]."""
+    matrix = weight.detach().t() if transposed else weight.detach()
+    depth, columns = matrix.shape
+    count = -(-columns // width)
+    padded = matrix.new_zeros(depth, count * width)
+    padded[:, :columns] = matrix
+    return padded.view(depth, count, width).transpose(0, 1).contiguous()
+
+
+class MatmulFamily:
+    """Regions of one matrix product and the pointwise operators after it."""
+
+    name = "matmul"
+
+    def claims(self, region: Region) -> bool:
+        """Whether a matrix product is in the region."""
+        return any(name_of(n) in (*LINEAR, *MATRIX) for n in region.nodes)
+
+    def plan(self, region: Region, program: Program | None) -> MatmulLowering:
+        """The region's product and row program. Raises Unsupported."""
+        return MatmulLowering(plan(region, program), program)
+
+
+@dataclass
+class MatmulLowering:
+    """A planned product, and the program that holds its weight."""
+
+    product: Product
+    program: Program | None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake tensors of the parameters."""
+        return self.product.tensors
+
+    @property
+    def order(self) -> None:
+        """Outputs are contiguous."""
+        return None
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of the product, 0 if sizes are symbolic."""
+        return self.product.flops or 0
+
+    def space(self, target: Target) -> Iterable[Schedule]:
+        """Tile shapes and cuts of the work, the likelier first."""
+        product, rows = self.product, self.product.rows
+        seen = set()
+        for height, vectors in _tiles(target, rows):
+            vectors = min(vectors, -(-product.columns // lanes_of(target)))
+            panels = -(-product.columns // (vectors * lanes_of(target)))
+            for tiles, group in _cuts(product, height, panels, target):
+                key = (height, vectors, tiles, group)
+                if key not in seen:
+                    seen.add(key)
+                    names = ("rows", "vectors", "tiles", "panels")
+                    yield Schedule("matmul", tuple(zip(names, key, strict=True)))
+
+    def function(self, name: str, schedule: Schedule, target: Target) -> Any:
+        """The PrimFunc."""
+        flops = self.product.flops
+        threaded = target.cores > 1 and (flops is None or flops >= SERIAL_BELOW)
+        rows, vectors, tiles, panels = (int(schedule[k]) for k in ("rows", "vectors", "tiles", "panels"))
+        return function(self.product, name, Form(lanes_of(target), rows, vectors, tiles, panels, threaded))
+
+    def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
+        """The packed weight, if the right operand is one."""
+        if not self.product.packed:
+            return ()
+        weight = self.program.constant(operands(self.product.root)[1]) if self.program is not None else None
+        if weight is None:
+            raise Unsupported("the right operand is not a constant weight")
+        width = int(schedule["vectors"]) * lanes_of(target)
+        return (pack(weight, name_of(self.product.root) in LINEAR, width),)
+
+
+def _tiles(target: Target, rows: int | None) -> tuple[tuple[int, int], ...]:
+    wide = target.vector_bits >= 512
+    budget = 28 if wide else 12
+    if rows is not None and rows < 6:  # few rows: more vectors keep enough sums in flight
+        return tuple(dict.fromkeys((rows, v) for v in (8, budget // rows, 4) if rows * v <= budget))
+    found = TILES if wide else SMALL_TILES
+    return found if rows is None else tuple(sorted(found, key=lambda t: -(-rows // t[0]) * t[0]))
+
+
+def _cuts(product: Product, height: int, panels: int, target: Target) -> Iterable[tuple[int, int]]:
+    """(tiles of a task, panels of a task): all in one task, an even share of the panels, or blocks that fit a cache."""
+    rows, flops, cores = product.rows, product.flops, target.cores
+    tiles = 1 << 20 if rows is None else -(-rows // height)
+    if cores == 1 or (flops is not None and flops < SERIAL_BELOW):
+        yield tiles, panels
+        return
+    if product.batch:
+        yield tiles, panels
+    if panels >= cores:
+        yield tiles, -(-panels // cores)
+    if rows is None or tiles >= 2 * cores:
+        cache = target.caches[1] if len(target.caches) > 1 else 1 << 20
+        block = max(1, cache // 2 // (4 * product.depth * height))
+        rounds = -(-tiles // block)
+        rounds = -(-rounds // cores) * cores  # as many blocks for each core
+        width = -(-product.columns // panels)
+        yield -(-tiles // rounds), max(1, min(panels, BLOCK_COLUMNS // width))

@@ -1,0 +1,176 @@
+"""What a region with one matrix product and a pointwise tail computes: operands, and a row program over the result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from ...passes.program import Program
+from ..base import Region
+from .layout import Access, access_of, expression, merge
+from .plan import Output, equal_shapes, output_access, reach, reason_against, result_of
+from .rules import name_of, read
+from .values import KINDS, Builder, Site, Unsupported, Value, bound, broadcast, shape
+
+LINEAR, MATRIX = ("linear",), ("mm", "addmm", "bmm", "baddbmm", "matmul")
+
+
+@dataclass
+class Product:
+    """One matrix product per batch element, [rows, depth] x [depth, columns], with a row program over its result.
+
+    Attributes:
+        root: the product node.
+        tensors: fake tensors of the parameters: inputs, the packed weight if there is one, outputs.
+        left: walk of the left operand over the space, columns not counted.
+        right: the same for the right one.
+        left_step: stride of the left operand along the depth.
+        right_steps: strides of the right operand along the depth and along the columns.
+        packed: whether the right operand is the packed weight.
+        outputs: results of the row program.
+        loads: accesses of the row program.
+        result: the value in the row program that stands for the product.
+        extents: sizes of the space: batch, rows, columns.
+        batch: how many of the extents the right operand depends on.
+        depth: size of the dimension that is summed over.
+    """
+
+    root: fx.Node
+    tensors: list[torch.Tensor]
+    left: Access
+    right: Access
+    left_step: sympy.Expr
+    right_steps: tuple[sympy.Expr, sympy.Expr]
+    packed: bool
+    outputs: list[Output]
+    loads: dict[Value, Access]
+    result: Value
+    extents: list[sympy.Expr]
+    batch: int
+    depth: int
+
+    @property
+    def columns(self) -> int:
+        """Number of columns of the result."""
+        return int(self.extents[-1])
+
+    @property
+    def rows(self) -> int | None:
+        """Number of rows that share one right operand, None if symbolic."""
+        return _count(self.extents[self.batch : -1])
+
+    @property
+    def flops(self) -> int | None:
+        """Floating point operations of the product, None if sizes are symbolic."""
+        rows = _count(self.extents[:-1])
+        return None if rows is None else 2 * rows * self.columns * self.depth
+
+
+def _count(extents: Iterable[sympy.Expr]) -> int | None:
+    extents = list(extents)
+    return math.prod(int(e) for e in extents) if all(e.is_Integer for e in extents) else None
+
+
+def plan(region: Region, program: Program | None) -> Product:
+    """The product of a region. Raises Unsupported with the reason.
+
+    Args:
+        program: tells which inputs are constant weights; without it every operand is taken at run time.
+    """
+    roots = [n for n in region.nodes if name_of(n) in (*LINEAR, *MATRIX)]
+    if len(roots) != 1:
+        raise Unsupported("not exactly one matrix product")
+    root = roots[0]
+    tail = [n for n in region.nodes if n is not root]
+    for node in tail:
+        if (reason := reason_against(node)) is not None:
+            raise Unsupported(reason)
+    left, right, addend = operands(root)
+    _check_tensors(root, left, right)
+    space = shape(root)
+    depth, columns = shape(left)[-1], space[-1]
+    if not isinstance(depth, int) or not isinstance(columns, int) or depth == 0 or 0 in space:
+        raise Unsupported("a product whose depth or columns are symbolic or empty")
+    packed = program is not None and len(shape(right)) == 2 and program.constant(right) is not None
+    tensors = [n.meta["val"] for n in region.inputs]
+    tensors += [torch.empty(0)] if packed else []
+    build, memo = Builder(region, space), dict[Any, Value]()
+    result = build.product()
+    memo[root, build.identity()] = build.rounded(_plus(build, root, result, addend, memo), root.meta["val"].dtype)
+    outputs = []
+    for k, node in enumerate(region.outputs):
+        if not equal_shapes(shape(node), space):
+            raise Unsupported(f"the output {node.name} has another shape than the product")
+        value = read(build, set(tail), memo, node, build.identity())
+        outputs.append(Output(value, False, output_access(len(tensors) + k, space, False)))
+    tensors += [result_of(n) for n in region.outputs]
+    reached = reach([o.value for o in outputs])
+    if result not in reached or any(v.op in ("reduce", "cat") for v in reached):
+        raise Unsupported("the nodes after the product are not pointwise")
+    loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}
+    walks = _walks(root, left, right, region, len(space))
+    extents = merge([expression(e) for e in space], [*walks, *loads.values(), *(o.access for o in outputs)], False)
+    batch = max((d + 1 for d in range(len(extents) - 1) if walks[1].strides[d] != 0), default=0)
+    steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
+    return Product(
+        root, tensors, *walks, expression(left.meta["val"].stride(-1)),
+        (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1]),
+        packed, outputs, loads, result, extents, batch, depth,
+    )  # fmt: skip
+
+
+def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """Left and right operand and what is added to the product."""
+    given = bound(root)
+    if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
+        raise Unsupported("the product or the addend is scaled")
+    if name_of(root) in LINEAR:
+        return given["input"], given["weight"], given["bias"]
+    if name_of(root) in ("addmm", "baddbmm"):
+        left, right = [given[k] for k in (("mat1", "mat2") if name_of(root) == "addmm" else ("batch1", "batch2"))]
+        return left, right, given["self"]
+    left, right = [v for v in root.args[:2] if isinstance(v, fx.Node)]
+    return left, right, None
+
+
+def _check_tensors(root: fx.Node, left: fx.Node, right: fx.Node) -> None:
+    for node in (root, left, right):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
+            raise Unsupported(f"{node.name} is not a dense tensor on the CPU")
+        if value.dtype is not torch.float32:
+            raise Unsupported(f"a matrix product in {value.dtype}")
+        if value.dim() < 2 or (name_of(root) in LINEAR and node is right and value.dim() != 2):
+            raise Unsupported("a product with a vector")
+
+
+def _plus(build: Builder, root: fx.Node, result: Value, addend: fx.Node | None, memo: dict[Any, Value]) -> Value:
+    if addend is None:
+        return result
+    if (addend.meta["val"].dtype) not in KINDS or KINDS[addend.meta["val"].dtype] != "float32":
+        raise Unsupported("an addend that is not floating point")
+    site = Site(build, root, build.identity(), {}, lambda n, c: read(build, set(), memo, n, c))
+    at = broadcast(site.coords, shape(root), shape(addend))
+    return build.op("add", result, site.read(addend, at))
+
+
+def _walks(root: fx.Node, left: fx.Node, right: fx.Node, region: Region, rank: int) -> tuple[Access, Access]:
+    """How both operands walk over the space of the result, without the depth."""
+    walks = []
+    for node, skipped in ((left, 1), (right, 2)):
+        strides: list[sympy.Expr] = [sympy.Integer(0)] * rank
+        value = node.meta["val"]
+        own = value.dim() - skipped  # dimensions that the space shares, aligned at their ends
+        shared = 0 if node is right and name_of(root) in LINEAR else own
+        for d in range(shared):
+            size, stride = value.shape[d], value.stride(d)
+            if not (isinstance(size, int) and size == 1):
+                strides[rank - skipped - own + d] = expression(stride)
+        walks.append(Access(region.inputs.index(node), strides, sympy.Integer(0)))
+    return walks[0], walks[1]

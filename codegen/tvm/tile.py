@@ -1,0 +1,77 @@
+"""Register tile: the inner product loop that matrix products, attention and convolutions share.
+
+A tile holds `rows` x `vectors` accumulators in registers. Each step of the loop loads `vectors` vectors of one operand
+and multiplies each with `rows` numbers of the other, every number broadcast to all lanes. This is the outer-product
+form of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvm import tirx
+
+from .emit import serial
+from .math import Block, assign, on_stack, read, register
+
+Number = Callable[[Block, int, Any], Any]  # (block, row, step) -> float32 scalar of the broadcast operand
+Vector = Callable[[Block, int, Any], Any]  # (block, vector, step) -> float32 lanes of the other operand
+
+
+@dataclass
+class Tile:
+    """Accumulators of one register tile.
+
+    Attributes:
+        rows: numbers that are broadcast in each step.
+        vectors: vectors that are loaded in each step.
+        lanes: float32 values of a vector.
+    """
+
+    rows: int
+    vectors: int
+    lanes: int
+    registers: list[Any] = field(default_factory=list)
+
+    def start(self) -> list[Any]:
+        """Statements that allocate the accumulators and set them to zero."""
+        b = Block(self.lanes)
+        self.registers = [register(b.dtype("float32")) for _ in range(self.rows * self.vectors)]
+        for r in self.registers:
+            b.statements += [on_stack(r), assign(r, b.const(0.0))]
+        return b.statements
+
+    def accumulate(self, depth: Any, number: Number, vector: Vector) -> Any:
+        """The loop that adds `depth` outer products of numbers and vectors."""
+        step, b = tirx.Var("k", "int64"), Block(self.lanes)
+        loaded = [b.let(vector(b, v, step)) for v in range(self.vectors)]
+        for row in range(self.rows):
+            one = Block(1)
+            value = number(one, row, step)
+            b.statements += one.statements
+            factor = b.let(b.spread(value))
+            for v in range(self.vectors):
+                b.statements.append(assign(self._at(row, v), self.value(row, v) + factor * loaded[v]))
+        return serial(step, depth, b.statements)
+
+    def value(self, row: int, vector: int) -> Any:
+        """One accumulator."""
+        return read(self._at(row, vector))
+
+    def scale(self, vector: int, factor: Any) -> list[Any]:
+        """Statements that multiply all accumulators of one vector position by the same lanes."""
+        return [assign(self._at(row, vector), self.value(row, vector) * factor) for row in range(self.rows)]
+
+    def _at(self, row: int, vector: int) -> Any:
+        return self.registers[row * self.vectors + vector]
+
+
+def split(b: Block, index: Any, sizes: list[Any]) -> list[Any]:
+    """An index over a grid of these sizes (the last one fastest) as one index per dimension."""
+    digits: list[Any] = []
+    for size in reversed(sizes[1:]):
+        digits.append(b.let(tirx.floormod(index, size)))
+        index = b.let(tirx.floordiv(index, size))
+    return [index, *reversed(digits)] if sizes else []

@@ -1,0 +1,74 @@
+"""The process in which candidates are made, checked and timed: a crash or an endless loop there costs one candidate.
+
+It reads one JSON line per request from its standard input and writes JSON lines to the file descriptor that it was
+given: ``{"trying": label}`` before each candidate, and ``{"trial": ...}`` or ``{"failed": text}`` at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .lower import backends
+from .request import decode_request
+from .store import keep
+from .trial import Trial, encode_trial, hold
+
+Json = Any
+IDLE = 60.0  # seconds without a request after which the process ends
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+
+def main(descriptor: int, memory: int) -> None:
+    """Serve requests until the input ends.
+
+    Args:
+        descriptor: where answers go.
+        memory: bytes that this process may allocate.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    with contextlib.suppress(OSError, AttributeError):  # end with the parent, also in the middle of an endless loop
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    with os.fdopen(descriptor, "w", buffering=1) as answers:
+        while select.select([sys.stdin], [], [], IDLE)[0] and (line := sys.stdin.readline()):
+            _serve(json.loads(line), lambda answer: print(json.dumps(answer), file=answers))
+
+
+def _serve(request: Json, answer: Any) -> None:
+    torch.set_num_threads(request["threads"])
+    os.environ["TORCHLATHE_CACHE"] = request["folder"]
+    try:
+        program, region, values, target = decode_request(request)
+        rivals, _ = backends(program, target)
+        with torch.no_grad():
+            trial = hold(region, rivals, target, values, request["budget"], skip=request["skip"],
+                         tell=lambda label: answer({"trying": label}))  # fmt: skip
+        trial.library = _stored(trial)
+        answer({"trial": encode_trial(trial)})
+    except Exception as error:  # the parent falls back to eager for this region
+        answer({"failed": f"{type(error).__name__}: {error}"})
+
+
+def _stored(trial: Trial) -> str | None:
+    """Keep the winner's compiled code and its source for the parent and for later; None where that is not possible."""
+    kernel = trial.kernel
+    if kernel is None or kernel.library is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.so"
+        try:
+            kernel.library(str(path))
+            return keep(path.read_bytes(), kernel.source)
+        except (OSError, RuntimeError):
+            return None  # no linker: the parent compiles
