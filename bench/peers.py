@@ -63,7 +63,7 @@ def openvino(model: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> Call:
     """OpenVINO with float32 demanded (its default would use bfloat16 here)."""
     import openvino as ov
 
-    converted = ov.convert_model(model, example_input=args, input=[a.shape for a in args])
+    converted = ov.convert_model(torch.export.export(model, args))  # tracing fails on causal language models
     compiled = ov.Core().compile_model(converted, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     request, arrays = compiled.create_infer_request(), [a.numpy() for a in args]
     return lambda: request.infer(arrays, share_inputs=True, share_outputs=True)[0]

@@ -131,9 +131,13 @@ class Kernel:
 
 
 class Backend(Protocol):
-    """Three methods: can it, how could it, do it."""
+    """Three methods: can it, how could it, do it; and which lone producers it would take in."""
 
     name: str
+
+    def absorbs(self, node: fx.Node) -> bool:
+        """Whether a node that it cannot lower alone may be part of a region with its consumer."""
+        ...
 
     def supports(self, region: Region, target: Target) -> str | None:
         """None if the region can be lowered, else the reason why not."""

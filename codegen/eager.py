@@ -16,6 +16,10 @@ class EagerBackend:
 
     name = "eager"
 
+    def absorbs(self, node: fx.Node) -> bool:
+        """None."""
+        return False
+
     def supports(self, region: Region, target: Target) -> str | None:
         """Everything is supported."""
         return None

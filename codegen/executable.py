@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..passes.errors import InputError
 from ..passes.program import Program
-from .base import Kernel
+from .arena import Arenas, plan, verify
 from .guards import guard_source
 from .save import save
 from .select import Choice
@@ -243,20 +243,34 @@ def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[...
     for node in program.graph.nodes:
         if node.op == "get_attr":
             names[node] = source.bind(program.weights[str(node.target)], "w")
+    slots = plan(program, choices)
+    if slots:
+        verify(slots, [c.region for c in choices])
+        arenas = Arenas(slots)
+        block = {slot.node: f"b{k}" for k, slot in enumerate(slots)}
+        source.lines.append(f"block = {source.bind(arenas.take, 'take')}()")
+        source.lines.append(f"{', '.join(block.values())}, = block")
+    else:
+        arenas, block = None, {}
     outputs = [n for n in program.outputs if isinstance(n, fx.Node)]
     steps = [(list(c.region.inputs), list(c.region.outputs)) for c in choices]
     dead = releases(steps, [*outputs, *(n for n in names if n.op == "get_attr")])
     for choice, done in zip(choices, dead, strict=True):
-        _emit(source, choice, names)
-        if done:
-            source.lines.append(f"del {', '.join(names[n] for n in done)}")
+        _emit(source, choice, names, block)
+        dying = [names[n] for n in done if n not in block]
+        if dying:
+            source.lines.append(f"del {', '.join(dying)}")
     for node in dict.fromkeys(n for n in outputs if n.op == "call_function"):
         source.as_traced(node, names)
     result = source.literal(tuple(program.outputs), names)
+    if arenas is not None:
+        source.lines.append(f"result = {result}")
+        source.lines.append(f"{source.bind(arenas.give, 'give')}(block)")
+        result = "result"
     return source.build(parameters, result)
 
 
-def _emit(source: Source, choice: Choice, names: dict[fx.Node, str]) -> None:
+def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapping[fx.Node, str]) -> None:
     region, kernel = choice.region, choice.kernel
     if kernel.backend == "eager":
         for node in region.nodes:
@@ -267,20 +281,23 @@ def _emit(source: Source, choice: Choice, names: dict[fx.Node, str]) -> None:
         return
     made = []
     for node in region.outputs:
-        names[node] = f"v{len(names)}"
+        names[node] = block.get(node, f"v{len(names)}")
         made.append(names[node])
     inputs = [names[n] for n in region.inputs] + [source.bind(c, "w") for c in kernel.constants]
     if kernel.destinations is not None:
-        _emit_buffers(source, kernel, region.inputs, made, names)
+        _emit_buffers(source, choice, made, names)
         source.lines.append(f"{source.bind(kernel.call, 'kernel')}({', '.join([*inputs, *made])})")
     else:
         source.lines.append(f"{', '.join(made)} = {source.bind(kernel.call, 'kernel')}({', '.join(inputs)})")
 
 
-def _emit_buffers(source: Source, kernel: Kernel, inputs: Sequence[fx.Node], made: Sequence[str],
-                  names: Mapping[fx.Node, str]) -> None:  # fmt: skip
+def _emit_buffers(source: Source, choice: Choice, made: Sequence[str], names: Mapping[fx.Node, str]) -> None:
+    """Allocate the results that are not in the arena."""
+    inputs = choice.region.inputs
     empty = source.bind(torch.empty, "empty")
-    for name, destination in zip(made, kernel.destinations or (), strict=True):
+    for name, destination in zip(made, choice.kernel.destinations or (), strict=True):
+        if name.startswith("b"):
+            continue
         extents = [
             str(e) if isinstance(e, int) else f"{names[inputs[e[0]]]}.shape[{e[1]}]" for e in destination.stored()
         ]

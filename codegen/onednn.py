@@ -70,6 +70,10 @@ class OnednnBackend:
     def __init__(self, program: Program) -> None:
         self.program = program
 
+    def absorbs(self, node: fx.Node) -> bool:
+        """None."""
+        return False
+
     def supports(self, region: Region, target: Target) -> str | None:
         """None, or why oneDNN's fused operators do not cover the region."""
         if not torch.backends.mkldnn.is_available():

@@ -44,11 +44,12 @@ class _Cut:
             if alone:
                 self.owner[node] = backend.name
             for source in node.all_input_nodes:
-                mine = self.owner.get(source) == backend.name and self.cluster[source] is not self.cluster[node]
+                known = self.owner.get(source) == backend.name or (source not in self.owner and backend.absorbs(source))
+                mine = known and self.cluster.get(source) is not self.cluster[node]
                 if mine and (alone or node not in self.owner or self.owner[node] == backend.name):
                     union = sorted([*self.cluster[source], *self.cluster[node]], key=self.position.__getitem__)
                     if backend.supports(Region.of(union), target) is None and self._convex(union):
-                        self.owner[node] = backend.name
+                        self.owner[node] = self.owner[source] = backend.name
                         for member in union:
                             self.wide.pop(self.position[self.cluster[member][0]], None)
                             self.cluster[member] = union

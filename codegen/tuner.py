@@ -20,7 +20,7 @@ from ..targets.target import Target, fingerprint
 from .base import Backend, Region
 from .request import encode_request
 from .trial import Trial, decode_trial, encode_trial, guess, hold
-from .versions import versions
+from .versions import fingerprint_of_code, versions
 from .workshop import workshop
 
 PATIENCE = 60.0  # seconds that one candidate may take to be made and checked
@@ -71,7 +71,15 @@ class Tuner:
 
     def _key(self, region: Region, backends: Sequence[Backend], target: Target) -> str:
         names = [b.name for b in backends]
-        return key_of("trial", fingerprint(target), region.digest(), names, versions(), torch.get_num_threads())
+        return key_of(
+            "trial",
+            fingerprint(target),
+            region.digest(),
+            names,
+            versions(),
+            fingerprint_of_code(),
+            torch.get_num_threads(),
+        )
 
     def _hold(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
               values: Sequence[Any]) -> Trial:  # fmt: skip

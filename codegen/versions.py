@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -21,3 +23,12 @@ def versions() -> dict[str, str]:
     system = f"{sys.platform} {platform.machine()}"
     return {"torchlathe": own, "torch": str(torch.__version__), "tvm": tvm, "python": platform.python_version(),
             "system": system}  # fmt: skip
+
+
+@functools.cache
+def fingerprint_of_code() -> str:
+    """Hash of the sources that generate and run kernels: what was measured with other ones does not count."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -12,7 +12,7 @@ import torch
 from ..codegen.executable import Executable
 from ..codegen.lower import lower, lower_eager, trial
 from ..codegen.tuner import Tuner
-from ..codegen.versions import versions
+from ..codegen.versions import fingerprint_of_code, versions
 from ..passes.base import Context, Fidelity, Pass
 from ..passes.errors import VerifyError
 from ..passes.program import Program
@@ -88,7 +88,9 @@ class Judge:
             a: makes the first callable, and is not called if the comparison is on record.
             b: makes the second one.
         """
-        key = key_of("compare", fingerprint(what[0]), *what[1:], versions(), torch.get_num_threads())
+        key = key_of(
+            "compare", fingerprint(what[0]), *what[1:], versions(), fingerprint_of_code(), torch.get_num_threads()
+        )
         stored = self.records.get(key)
         if stored is not None:
             first, second = (Timing(*stored[side]) for side in ("a", "b"))

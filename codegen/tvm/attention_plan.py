@@ -12,6 +12,7 @@ from torch import fx
 
 from ..base import Region
 from .layout import expression
+from .tail import in_memory
 from .values import Unsupported, bound, same
 
 OPERATOR = "scaled_dot_product_attention"
@@ -80,7 +81,7 @@ def plan(region: Region) -> Attention:
             raise Unsupported("attention with a mask that is also causal")
     for name, operand in operands.items():
         _check(name, operand, node)
-    output = result_of(node.meta["val"])
+    output = in_memory(node.meta["val"], memory_order(node.meta["val"].dim()))
     query, key, value = (operands[n].meta["val"] for n in ("query", "key", "value"))
     features, own = query.shape[-1], value.shape[-1]
     if not isinstance(features, int) or not isinstance(own, int) or not 0 < max(features, own) <= WIDEST:
@@ -103,13 +104,6 @@ def plan(region: Region) -> Attention:
         heads, steps, expression(query.shape[-2]), expression(key.shape[-2]), features, own, float(scale),
         bool(given["is_causal"]), "mask" in tensors, per_query,
     )  # fmt: skip
-
-
-def result_of(value: torch.Tensor) -> torch.Tensor:
-    """The output as the kernel writes it: heads inside queries, the layout that the next projection reads in place."""
-    order = memory_order(value.dim())
-    permuted = value.new_empty([value.shape[d] for d in order])
-    return permuted.permute([order.index(d) for d in range(value.dim())])
 
 
 def memory_order(rank: int) -> tuple[int, ...]:

@@ -18,8 +18,9 @@ from ...targets.target import Target
 from ..base import Destination, Extent, Kernel, Region, Schedule
 from . import build
 from .attention_family import AttentionFamily
+from .conv_plan import pads
 from .layout import expression
-from .matmul_family import MatmulFamily
+from .matmul_family import ConvFamily, MatmulFamily
 from .row_family import RowFamily
 from .values import Unsupported
 
@@ -75,7 +76,7 @@ class Family(Protocol):
 
 
 # the first that claims a region plans it
-FAMILIES: tuple[Family, ...] = (AttentionFamily(), MatmulFamily(), RowFamily())
+FAMILIES: tuple[Family, ...] = (AttentionFamily(), ConvFamily(), MatmulFamily(), RowFamily())
 
 
 @dataclass
@@ -89,6 +90,10 @@ class TvmBackend:
     program: Program | None = None
     name: str = "tvm"
     _compiled: dict[tuple[str, str], tuple[Any, Callable[..., None], str]] = field(default_factory=dict, repr=False)
+
+    def absorbs(self, node: fx.Node) -> bool:
+        """A frame of zeros around an image."""
+        return pads(node)
 
     def supports(self, region: Region, target: Target) -> str | None:
         """None if the region can be lowered, else the reason why not."""

@@ -9,7 +9,8 @@ from typing import Any
 import sympy
 from tvm import tirx
 
-from .emit import Memory, Row, integer, parallel, put, sequence, serial
+from .border import buffer_of, copy_with_zeros
+from .emit import Memory, Row, integer, parallel, put, sequence, serial, take
 from .layout import Access, Sizes, flat, parameter
 from .math import Block, on_stack
 from .product import Product
@@ -39,13 +40,13 @@ class Form:
 def function(product: Product, name: str, form: Form) -> Any:
     """The complete PrimFunc; parameters are inputs, the packed weight if there is one, outputs."""
     sizes = Sizes()
-    outputs = len(product.outputs)
+    outputs = len(product.tail.outputs)
     position = len(product.tensors) - outputs - 1
     buffers = []
     for k, tensor in enumerate(product.tensors):
         if product.packed and k == position:
-            shape = [integer(n) for n in (-(-product.columns // form.width), product.depth, form.width)]
-            buffers.append(tirx.decl_buffer(shape, "float32", "packed", data_alignment=4))
+            sizes_of = (-(-product.columns // form.width), product.taps * product.depth, form.width)
+            buffers.append(tirx.decl_buffer([integer(n) for n in sizes_of], "float32", "packed", data_alignment=4))
         else:
             buffers.append(parameter(f"t{k}", tensor, sizes))
     dtypes = [t.dtype for t in product.tensors]
@@ -66,6 +67,7 @@ class _Emitter:
     rows: Any = None
     digits: list[Any] = field(default_factory=list)  # of the batch, in the current task
     scratch: Any = None  # the panel packed by the current task
+    left: Any = None  # flat view of the left operand, or of its copy with a border
 
     def statements(self) -> list[Any]:
         """The loop over tasks."""
@@ -81,8 +83,13 @@ class _Emitter:
         total = head.let(total)
         task, b = tirx.Var("task", "int64"), Block(1)
         *self.digits, block, group = split(b, task, [*lead, blocks, integer(groups)])
-        inner = self._task(b, block, group, blocks)
         loop = parallel if form.parallel else serial
+        if p.border is not None:
+            self.left, frame = buffer_of(p.border, self.sizes)
+            head.statements += [frame, copy_with_zeros(p.border, self.left, self.memory, self.sizes, form.lanes, loop)]
+        else:
+            self.left = self.memory.views[p.left.buffer]
+        inner = self._task(b, block, group, blocks)
         return [*head.statements, loop(task, total, b.statements + inner)]
 
     def _panels(self) -> int:
@@ -168,29 +175,40 @@ class _Emitter:
         frame = on_stack(into) if small else tirx.AllocBuffer(into)
         return [frame, *b.statements, serial(k, integer(p.depth), wide.statements)]
 
-    def _tile(self, start: Any, height: int, panel: Any, valid: int) -> list[Any]:
+    def _tile(self, low: Any, height: int, panel: Any, valid: int) -> list[Any]:
         """One register tile: rows [start, start + height) of one panel, `valid` columns of it, with the tail."""
         p, form, b = self.product, self.form, Block(1)
         vectors = -(-valid // form.lanes)
         tile = Tile(height, vectors, form.lanes)
-        first = b.let(start)
+        first = b.let(low)
         walks = [self._row_digits(b, first + integer(i)) for i in range(height)]
         left = [b.let(self._offset(p.left, [*self.digits, *w])) for w in walks]
-        step = self.sizes.tir(p.left_step)
-        source, width = self.memory.views[p.left.buffer], form.width
+        step, width = self.sizes.tir(p.left_step), form.width
+        taps = [tirx.Var(f"tap{d}", "int64") for d in range(len(p.window))]
+        shift: Any = integer(0)
+        index: Any = integer(0)
+        for tap, (count, stride) in zip(taps, p.window, strict=True):
+            shift, index = shift + tap * self.sizes.tir(stride), index * integer(count) + tap
+        column = b.let(panel * integer(width))
 
         def number(one: Block, row: int, k: Any) -> Any:
-            return tirx.BufferLoad(source, [left[row] + (k if p.left_step == 1 else k * step)])
+            where = left[row] + shift
+            if not p.spread:
+                return take(one, self.left, where + column)
+            return tirx.BufferLoad(self.left, [where + (k if p.left_step == 1 else k * step)])
 
         def vector(wide: Block, v: int, k: Any) -> Any:
             where = k * integer(width) + integer(v * form.lanes)
             if self.scratch is not None:
-                return tirx.BufferLoad(self.scratch, [tirx.Ramp(where, integer(1), form.lanes)])
-            where = panel * integer(p.depth * width) + where
-            return tirx.BufferLoad(self.memory.views[self.packed], [tirx.Ramp(where, integer(1), form.lanes)])
+                return take(wide, self.scratch, where)
+            first = panel * integer(p.taps * p.depth * width) + index * integer(p.depth * width)
+            return take(wide, self.memory.views[self.packed], first + where)
 
-        loop = [*tile.start(), tile.accumulate(integer(p.depth), number, vector)]
-        column = b.let(panel * integer(width))
+        start = tile.start()
+        body = tile.accumulate(integer(p.depth), number, vector, p.spread)
+        for tap, (count, _) in zip(reversed(taps), reversed(p.window), strict=True):
+            body = serial(tap, integer(count), [body])
+        loop = [*start, body]
         stores = [s for i, w in enumerate(walks) for s in self._store(tile, i, [*self.digits, *w], column, valid)]
         return [*b.statements, *loop, *stores]
 
@@ -215,7 +233,7 @@ class _Emitter:
             return known[id(access)]
 
         def offsets(v: Value) -> tuple[Any, Any]:
-            return bound(p.loads[v]), self.sizes.tir(p.loads[v].strides[-1])
+            return bound(p.tail.loads[v]), self.sizes.tir(p.tail.loads[v].strides[-1])
 
         lines = Row(head, self.memory, offsets, self.form.lanes, 1)
         wide: list[Any] = []
@@ -224,8 +242,8 @@ class _Emitter:
             value = tile.value(row, v)
             if lanes < self.form.lanes:
                 value = b.let(tirx.Shuffle([value], [tirx.IntImm("int32", lane + i) for i in range(lanes)]))
-            memo = {p.result: value}
-            for o in p.outputs:
+            memo = {p.tail.result: value}
+            for o in p.tail.outputs:
                 at = b.let(column + integer(low))
                 self.memory.store(b, o.access.buffer, bound(o.access) + at, lines.element(b, o.value, at, low, memo, 0))
             wide += b.statements

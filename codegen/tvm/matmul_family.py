@@ -13,25 +13,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from . import conv_plan
+from .conv_plan import CONVOLUTIONS
 from .matmul import Form, function
 from .product import LINEAR, MATRIX, Product, operands, plan
 from .row_family import lanes_of
 from .rules import name_of
-from .values import Unsupported
+from .values import Unsupported, bound
 
 TILES = ((6, 4), (12, 2), (9, 3))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
+DEPTHWISE = ((8, 1), (4, 1), (14, 1))
 SMALL_TILES = ((4, 2), (6, 1))  # for 16 vector registers
 BLOCK_COLUMNS = 192  # of one task when rows are cut into blocks
 SERIAL_BELOW = 400_000  # floating point operations that are not worth a launch on several threads
 
 
-def pack(weight: torch.Tensor, transposed: bool, width: int) -> torch.Tensor:
-    """A weight, [columns, depth] if transposed else [depth, columns], as zero-padded panels [panels, depth, width]."""
-    matrix = weight.detach().t() if transposed else weight.detach()
+def pack(matrix: torch.Tensor, width: int) -> torch.Tensor:
+    """A matrix [depth, columns] as zero-padded panels [panels, depth, width]."""
     depth, columns = matrix.shape
     count = -(-columns // width)
     padded = matrix.new_zeros(depth, count * width)
@@ -53,22 +56,32 @@ class MatmulFamily:
         return MatmulLowering(plan(region, program), program)
 
 
+class ConvFamily:
+    """Regions of one convolution over images with constant weight and the pointwise operators after it."""
+
+    name = "conv"
+
+    def claims(self, region: Region) -> bool:
+        """Whether a convolution is in the region."""
+        return any(name_of(n) in CONVOLUTIONS for n in region.nodes)
+
+    def plan(self, region: Region, program: Program | None) -> MatmulLowering:
+        """The convolution as a product. Raises Unsupported."""
+        return MatmulLowering(conv_plan.plan(region, program), program, conv_plan.ORDER)
+
+
 @dataclass
 class MatmulLowering:
-    """A planned product, and the program that holds its weight."""
+    """A planned product, the program that holds its weight, and how its outputs lie in memory."""
 
     product: Product
     program: Program | None
+    order: tuple[int, ...] | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Fake tensors of the parameters."""
         return self.product.tensors
-
-    @property
-    def order(self) -> None:
-        """Outputs are contiguous."""
-        return None
 
     @property
     def flops(self) -> int:
@@ -79,7 +92,7 @@ class MatmulLowering:
         """Tile shapes and cuts of the work, the likelier first."""
         product, rows = self.product, self.product.rows
         seen = set()
-        for height, vectors in _tiles(target, rows):
+        for height, vectors in _tiles(target, rows) if product.spread else DEPTHWISE:
             vectors = min(vectors, -(-product.columns // lanes_of(target)))
             panels = -(-product.columns // (vectors * lanes_of(target)))
             for tiles, group in _cuts(product, height, panels, target):
@@ -100,11 +113,24 @@ class MatmulLowering:
         """The packed weight, if the right operand is one."""
         if not self.product.packed:
             return ()
-        weight = self.program.constant(operands(self.product.root)[1]) if self.program is not None else None
+        weight = self.program.constant(self.right()) if self.program is not None else None
         if weight is None:
             raise Unsupported("the right operand is not a constant weight")
         width = int(schedule["vectors"]) * lanes_of(target)
-        return (pack(weight, name_of(self.product.root) in LINEAR, width),)
+        return (pack(_matrix(self.product.root, weight), width),)
+
+    def right(self) -> fx.Node:
+        """The node of the right operand."""
+        root = self.product.root
+        return bound(root)["weight"] if name_of(root) in CONVOLUTIONS else operands(root)[1]
+
+
+def _matrix(root: fx.Node, weight: torch.Tensor) -> torch.Tensor:
+    """A weight as [depth, columns]; the depth of a convolution runs over window rows, window columns, channels."""
+    weight = weight.detach()
+    if name_of(root) in CONVOLUTIONS:
+        return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
+    return weight.t() if name_of(root) in LINEAR else weight
 
 
 def _tiles(target: Target, rows: int | None) -> tuple[tuple[int, int], ...]:
@@ -129,7 +155,7 @@ def _cuts(product: Product, height: int, panels: int, target: Target) -> Iterabl
         yield tiles, -(-panels // cores)
     if rows is None or tiles >= 2 * cores:
         cache = target.caches[1] if len(target.caches) > 1 else 1 << 20
-        block = max(1, cache // 2 // (4 * product.depth * height))
+        block = max(1, cache // 2 // (4 * product.depth * product.taps * height))
         rounds = -(-tiles // block)
         rounds = -(-rounds // cores) * cores  # as many blocks for each core
         width = -(-product.columns // panels)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 import torch
@@ -13,12 +12,39 @@ from torch import fx
 
 from ...passes.program import Program
 from ..base import Region
-from .layout import Access, access_of, expression, merge
-from .plan import Output, equal_shapes, output_access, reach, reason_against, result_of
-from .rules import name_of, read
-from .values import KINDS, Builder, Site, Unsupported, Value, bound, broadcast, shape
+from .layout import Access, expression, merge
+from .rules import name_of
+from .tail import Tail, plan_tail
+from .values import Unsupported, bound, shape
 
 LINEAR, MATRIX = ("linear",), ("mm", "addmm", "bmm", "baddbmm", "matmul")
+
+
+@dataclass
+class Border:
+    """A copy of an image batch, channels last, with zeros around it.
+
+    Attributes:
+        source: walk of the image over [images, rows, columns], and along its channels.
+        step: stride of the image along its channels.
+        images: number of images.
+        sizes: rows, columns and channels of one image.
+        before: zero rows above and zero columns left of it.
+        after: zero rows below and zero columns right of it.
+    """
+
+    source: Access
+    step: sympy.Expr
+    images: sympy.Expr
+    sizes: tuple[int, int, int]
+    before: tuple[int, int]
+    after: tuple[int, int]
+
+    @property
+    def padded(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of one padded image."""
+        rows, columns, channels = self.sizes
+        return rows + self.before[0] + self.after[0], columns + self.before[1] + self.after[1], channels
 
 
 @dataclass
@@ -27,33 +53,33 @@ class Product:
 
     Attributes:
         root: the product node.
-        tensors: fake tensors of the parameters: inputs, the packed weight if there is one, outputs.
+        tail: what is done to each element of the result.
         left: walk of the left operand over the space, columns not counted.
         right: the same for the right one.
         left_step: stride of the left operand along the depth.
         right_steps: strides of the right operand along the depth and along the columns.
         packed: whether the right operand is the packed weight.
-        outputs: results of the row program.
-        loads: accesses of the row program.
-        result: the value in the row program that stands for the product.
         extents: sizes of the space: batch, rows, columns.
         batch: how many of the extents the right operand depends on.
-        depth: size of the dimension that is summed over.
+        depth: size of the dimension that is summed over, for one tap.
+        window: (taps, stride of the left operand) of each dimension of a convolution's window.
+        border: how the left operand is copied with zeros around it first, None if it is read in place.
+        spread: whether numbers of the left operand are broadcast; a depthwise convolution reads vectors instead.
     """
 
     root: fx.Node
-    tensors: list[torch.Tensor]
+    tail: Tail
     left: Access
     right: Access
     left_step: sympy.Expr
     right_steps: tuple[sympy.Expr, sympy.Expr]
     packed: bool
-    outputs: list[Output]
-    loads: dict[Value, Access]
-    result: Value
     extents: list[sympy.Expr]
     batch: int
     depth: int
+    window: tuple[tuple[int, sympy.Expr], ...] = ()
+    border: Border | None = None
+    spread: bool = True
 
     @property
     def columns(self) -> int:
@@ -69,7 +95,17 @@ class Product:
     def flops(self) -> int | None:
         """Floating point operations of the product, None if sizes are symbolic."""
         rows = _count(self.extents[:-1])
-        return None if rows is None else 2 * rows * self.columns * self.depth
+        return None if rows is None else 2 * rows * self.columns * self.depth * self.taps
+
+    @property
+    def taps(self) -> int:
+        """Positions of the window."""
+        return math.prod(count for count, _ in self.window)
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake tensors of the parameters."""
+        return self.tail.tensors
 
 
 def _count(extents: Iterable[sympy.Expr]) -> int | None:
@@ -87,10 +123,6 @@ def plan(region: Region, program: Program | None) -> Product:
     if len(roots) != 1:
         raise Unsupported("not exactly one matrix product")
     root = roots[0]
-    tail = [n for n in region.nodes if n is not root]
-    for node in tail:
-        if (reason := reason_against(node)) is not None:
-            raise Unsupported(reason)
     left, right, addend = operands(root)
     _check_tensors(root, left, right)
     space = shape(root)
@@ -98,31 +130,15 @@ def plan(region: Region, program: Program | None) -> Product:
     if not isinstance(depth, int) or not isinstance(columns, int) or depth == 0 or 0 in space:
         raise Unsupported("a product whose depth or columns are symbolic or empty")
     packed = program is not None and len(shape(right)) == 2 and program.constant(right) is not None
-    tensors = [n.meta["val"] for n in region.inputs]
-    tensors += [torch.empty(0)] if packed else []
-    build, memo = Builder(region, space), dict[Any, Value]()
-    result = build.product()
-    memo[root, build.identity()] = build.rounded(_plus(build, root, result, addend, memo), root.meta["val"].dtype)
-    outputs = []
-    for k, node in enumerate(region.outputs):
-        if not equal_shapes(shape(node), space):
-            raise Unsupported(f"the output {node.name} has another shape than the product")
-        value = read(build, set(tail), memo, node, build.identity())
-        outputs.append(Output(value, False, output_access(len(tensors) + k, space, False)))
-    tensors += [result_of(n) for n in region.outputs]
-    reached = reach([o.value for o in outputs])
-    if result not in reached or any(v.op in ("reduce", "cat") for v in reached):
-        raise Unsupported("the nodes after the product are not pointwise")
-    loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}
+    tail = plan_tail(region, root, addend, int(packed))
     walks = _walks(root, left, right, region, len(space))
-    extents = merge([expression(e) for e in space], [*walks, *loads.values(), *(o.access for o in outputs)], False)
+    accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
+    extents = merge([expression(e) for e in space], accesses, False)
     batch = max((d + 1 for d in range(len(extents) - 1) if walks[1].strides[d] != 0), default=0)
     steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
-    return Product(
-        root, tensors, *walks, expression(left.meta["val"].stride(-1)),
-        (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1]),
-        packed, outputs, loads, result, extents, batch, depth,
-    )  # fmt: skip
+    right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
+    return Product(root, tail, *walks, expression(left.meta["val"].stride(-1)), right_steps, packed, extents, batch,
+                   depth)  # fmt: skip
 
 
 def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -148,16 +164,6 @@ def _check_tensors(root: fx.Node, left: fx.Node, right: fx.Node) -> None:
             raise Unsupported(f"a matrix product in {value.dtype}")
         if value.dim() < 2 or (name_of(root) in LINEAR and node is right and value.dim() != 2):
             raise Unsupported("a product with a vector")
-
-
-def _plus(build: Builder, root: fx.Node, result: Value, addend: fx.Node | None, memo: dict[Any, Value]) -> Value:
-    if addend is None:
-        return result
-    if (addend.meta["val"].dtype) not in KINDS or KINDS[addend.meta["val"].dtype] != "float32":
-        raise Unsupported("an addend that is not floating point")
-    site = Site(build, root, build.identity(), {}, lambda n, c: read(build, set(), memo, n, c))
-    at = broadcast(site.coords, shape(root), shape(addend))
-    return build.op("add", result, site.read(addend, at))
 
 
 def _walks(root: fx.Node, left: fx.Node, right: fx.Node, region: Region, rank: int) -> tuple[Access, Access]:

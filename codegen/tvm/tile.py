@@ -43,15 +43,18 @@ class Tile:
             b.statements += [on_stack(r), assign(r, b.const(0.0))]
         return b.statements
 
-    def accumulate(self, depth: Any, number: Number, vector: Vector) -> Any:
-        """The loop that adds `depth` outer products of numbers and vectors."""
+    def accumulate(self, depth: Any, number: Number, vector: Vector, spread: bool = True) -> Any:
+        """The loop that adds `depth` outer products of numbers and vectors.
+
+        Without `spread`, `number` gives one vector for each row, and the tile has one vector per row.
+        """
         step, b = tirx.Var("k", "int64"), Block(self.lanes)
         loaded = [b.let(vector(b, v, step)) for v in range(self.vectors)]
         for row in range(self.rows):
-            one = Block(1)
+            one = Block(1) if spread else b
             value = number(one, row, step)
-            b.statements += one.statements
-            factor = b.let(b.spread(value))
+            b.statements += one.statements if spread else []
+            factor = b.let(b.spread(value) if spread else value)
             for v in range(self.vectors):
                 b.statements.append(assign(self._at(row, v), self.value(row, v) + factor * loaded[v]))
         return serial(step, depth, b.statements)

@@ -25,6 +25,9 @@ class Greedy:
     def __init__(self, *ops):
         self.ops = ops
 
+    def absorbs(self, node):
+        return False
+
     def supports(self, region, target):
         return None if all(n.target in self.ops for n in region.nodes) else "not mine"
 
@@ -70,6 +73,9 @@ def test_two_clusters_that_feed_each_other_are_not_both_merged():
     program = capture(Crossed(), (torch.randn(4),))
 
     class Pairs(Greedy):
+        def absorbs(self, node):
+            return False
+
         def supports(self, region, target):
             same = len({n.target for n in region.nodes}) == 1
             return None if same and super().supports(region, target) is None else "mixed"

@@ -182,7 +182,7 @@ def test_refusals_name_the_reason(function: Callable[..., Any], args: tuple[torc
 
 def test_pack_pads_the_last_panel_with_zeros() -> None:
     weight = torch.arange(12.0).view(4, 3)  # [columns, depth]
-    packed = pack(weight, True, 3)
+    packed = pack(weight.t(), 3)
     assert packed.shape == (2, 3, 3)
     assert torch.equal(packed[0], weight[:3].t())
     assert torch.equal(packed[1], torch.stack([weight[3], torch.zeros(3), torch.zeros(3)]).t())

@@ -1,0 +1,164 @@
+"""The arena: one block of memory for all intermediate results that our kernels write, planned at compile time.
+
+A fresh allocation of a large result costs page faults, often more than computing it. Here every result of static size
+gets an offset in one block, so that results alive at the same time never overlap; results that the caller may keep are
+allocated anew in each call. Offsets are given largest first at the lowest place that is free for a result's lifetime
+(greedy by size: Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020). `verify` checks
+a plan by replaying it, and shares no code with `plan`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..passes.program import Program
+from .base import Destination, Region
+from .select import Choice
+
+ALIGNMENT = 64  # bytes: a cache line and a vector register
+
+
+@dataclass
+class Slot:
+    """A result in the arena.
+
+    Attributes:
+        node: whose value it is.
+        destination: shape, dtype and memory order.
+        size: bytes, rounded up to the alignment.
+        first: step that writes it.
+        last: last step that reads it or a view of it.
+        offset: where it begins in the arena, in bytes.
+    """
+
+    node: fx.Node
+    destination: Destination
+    size: int
+    first: int
+    last: int
+    offset: int = 0
+
+
+def plan(program: Program, choices: Sequence[Choice]) -> list[Slot]:
+    """The results that may lie in the arena, with offsets."""
+    origins = _origins(choices)
+    kept = {o for n in program.outputs if isinstance(n, fx.Node) for o in origins.get(n, ())}
+    last: dict[fx.Node, int] = {}
+    for step, choice in enumerate(choices):
+        for node in (*choice.region.inputs, *choice.region.nodes):
+            for origin in origins.get(node, ()):
+                last[origin] = step
+    slots = []
+    for step, choice in enumerate(choices):
+        for node, d in zip(choice.region.outputs, choice.kernel.destinations or (), strict=False):
+            if node not in kept and all(isinstance(e, int) for e in d.shape):
+                slots.append(Slot(node, d, _bytes(d), step, last.get(node, step)))
+    placed: list[Slot] = []
+    for slot in sorted(slots, key=lambda s: (-s.size, s.first)):
+        slot.offset = _lowest(slot, placed)
+        placed.append(slot)
+    return slots
+
+
+def _bytes(d: Destination) -> int:
+    count = d.dtype.itemsize
+    for e in d.shape:
+        assert isinstance(e, int)
+        count *= e
+    return max(ALIGNMENT, -(-count // ALIGNMENT) * ALIGNMENT)
+
+
+def _lowest(slot: Slot, placed: Sequence[Slot]) -> int:
+    """The lowest offset at which a slot overlaps no placed one that lives at the same time."""
+    offset = 0
+    for other in sorted(placed, key=lambda s: s.offset):
+        if other.first <= slot.last and slot.first <= other.last and other.offset < offset + slot.size:
+            offset = max(offset, other.offset + other.size)
+    return offset
+
+
+def _origins(choices: Sequence[Choice]) -> dict[fx.Node, frozenset[fx.Node]]:
+    """For each value, the kernel results whose memory it may share."""
+    found: dict[fx.Node, frozenset[fx.Node]] = {}
+    for choice in choices:
+        region = choice.region
+        if choice.kernel.backend == "eager":
+            for node in region.nodes:
+                shared = may_share(node)
+                found[node] = frozenset(o for n in node.all_input_nodes for o in found.get(n, ()) if shared)
+            continue
+        for node in region.outputs:
+            own = choice.kernel.destinations is not None
+            found[node] = frozenset([node]) if own else frozenset()
+    return found
+
+
+def may_share(node: fx.Node) -> bool:
+    """Whether the value of an operator may share memory with an argument: views, and what may return its argument."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    annotated = any(a.alias_info is not None for a in (*target._schema.arguments, *target._schema.returns))
+    return annotated or torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+
+
+def verify(slots: Sequence[Slot], regions: Sequence[Region]) -> int:
+    """Replay the steps and check that no result is overwritten while it is needed; the size of the arena in bytes.
+
+    Raises:
+        AssertionError: two results overlap in memory and time, or a slot is too small or unaligned.
+    """
+    live: list[Slot] = []
+    for step in range(len(regions)):
+        live = [s for s in live if s.last >= step]
+        for slot in (s for s in slots if s.first == step):
+            values = slot.destination.dtype.itemsize
+            for extent in slot.destination.shape:
+                values *= extent if isinstance(extent, int) else 1 << 62
+            assert slot.offset % ALIGNMENT == 0 and slot.offset >= 0 and values <= slot.size, (
+                f"{slot.node} does not fit"
+            )
+            end = slot.offset + slot.size
+            for other in live:
+                apart = end <= other.offset or other.offset + other.size <= slot.offset
+                assert apart, f"{slot.node} overwrites {other.node}"
+            live.append(slot)
+    return max((s.offset + s.size for s in slots), default=0)
+
+
+class Arenas:
+    """Blocks for calls that run at the same time: a call takes one and gives it back."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = list(slots)
+        self.size = max((s.offset + s.size for s in slots), default=0)
+        self._free: list[tuple[torch.Tensor, ...]] = []
+        self._lock = threading.Lock()
+
+    def take(self) -> tuple[torch.Tensor, ...]:
+        """The results of one call, as tensors into one block, in the order of the slots."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        with torch.inference_mode(False):
+            block = torch.empty(self.size + ALIGNMENT, dtype=torch.uint8)
+        start = -block.data_ptr() % ALIGNMENT
+        return tuple(_view(block[start + s.offset : start + s.offset + s.size], s.destination) for s in self.slots)
+
+    def give(self, block: tuple[torch.Tensor, ...]) -> None:
+        """Return what `take` gave."""
+        self._free.append(block)  # atomic
+
+
+def _view(memory: torch.Tensor, d: Destination) -> torch.Tensor:
+    sizes = [e for e in d.stored() if isinstance(e, int)]
+    count = 1
+    for n in sizes:
+        count *= n
+    flat = memory.view(d.dtype)[:count].view(sizes)
+    return flat if d.order is None else flat.permute(d.seen())

@@ -1,0 +1,92 @@
+"""The pointwise operators after a product or a convolution, as a row program that reads the accumulators."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..base import Region
+from .layout import Access, access_of
+from .plan import Output, equal_shapes, output_access, reach, reason_against, result_of
+from .rules import read
+from .values import KINDS, Builder, Coordinate, Extent, Site, Unsupported, Value, broadcast, shape
+
+
+@dataclass
+class Tail:
+    """What is computed from each element of the result before it is written.
+
+    Attributes:
+        tensors: fake tensors of the parameters: inputs, placeholders for constants, outputs.
+        outputs: results of the row program.
+        loads: accesses of the row program.
+        result: the value in the row program that stands for the accumulated sum.
+    """
+
+    tensors: list[torch.Tensor]
+    outputs: list[Output]
+    loads: dict[Value, Access]
+    result: Value
+
+
+def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: int,
+              order: tuple[int, ...] | None = None, inner: Collection[fx.Node] = ()) -> Tail:  # fmt: skip
+    """The tail of a region whose other nodes all come after `root`. Raises Unsupported with the reason.
+
+    Args:
+        addend: what is added to the result first (a bias), broadcast to its last dimension in memory.
+        constants: number of constants among the parameters.
+        order: dimensions of the result from the outermost to the innermost in memory; the last one is the columns.
+        inner: nodes of the region that come before `root`.
+    """
+    rest = [n for n in region.nodes if n is not root and n not in inner]
+    for node in rest:
+        if (reason := reason_against(node)) is not None:
+            raise Unsupported(reason)
+    sizes = shape(root)
+    space = sizes if order is None else tuple(sizes[d] for d in order)
+    build, memo = Builder(region, space), dict[Any, Value]()
+    at = _coordinates(build, order)
+    tensors = [*(n.meta["val"] for n in region.inputs), *(torch.empty(0) for _ in range(constants))]
+    result = build.product()
+    summed = result if addend is None else build.op("add", result, _addend(build, root, addend, at, memo, order))
+    memo[root, at] = build.rounded(summed, root.meta["val"].dtype)
+    outputs = []
+    for k, node in enumerate(region.outputs):
+        if not equal_shapes(shape(node), sizes):
+            raise Unsupported(f"the output {node.name} has another shape than the product")
+        value = read(build, set(rest), memo, node, at)
+        outputs.append(Output(value, False, output_access(len(tensors) + k, space, False)))
+    reached = reach([o.value for o in outputs])
+    if result not in reached or any(v.op in ("reduce", "cat") for v in reached):
+        raise Unsupported("the nodes after the product are not pointwise")
+    tensors += [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
+    loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}
+    return Tail(tensors, outputs, loads, result)
+
+
+def in_memory(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """A fake tensor like `value` whose dimensions lie in memory in this order, without gaps."""
+    stored = value.new_empty([value.shape[d] for d in order])
+    return stored.permute([order.index(d) for d in range(value.dim())])
+
+
+def _coordinates(build: Builder, order: tuple[int, ...] | None) -> tuple[Coordinate, ...]:
+    own = build.identity()
+    return own if order is None else tuple(own[order.index(d)] for d in range(len(order)))
+
+
+def _addend(build: Builder, root: fx.Node, addend: fx.Node, at: tuple[Coordinate, ...], memo: dict[Any, Value],
+            order: tuple[int, ...] | None) -> Value:  # fmt: skip
+    if KINDS.get(addend.meta["val"].dtype) != "float32":
+        raise Unsupported("an addend that is not floating point")
+    sizes: tuple[Extent, ...] = shape(addend)
+    where = at if order is None else (at[order[-1]],)  # a bias of a convolution has one dimension: its channels
+    to = shape(root) if order is None else sizes
+    site = Site(build, root, where, {}, lambda n, c: read(build, set(), memo, n, c))
+    value: Value = site.read(addend, broadcast(where, to, sizes))
+    return value

@@ -1,0 +1,151 @@
+"""The arena: no result is overwritten while it is needed, the caller's results lie outside, calls may overlap."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+pytest.importorskip("tvm")
+
+from torchlathe import targets
+from torchlathe.codegen import arena
+from torchlathe.codegen.arena import ALIGNMENT, Arenas, Slot, plan, verify
+from torchlathe.codegen.base import Destination, Region
+from torchlathe.codegen.executable import Executable
+from torchlathe.codegen.lower import lower
+from torchlathe.codegen.tuner import Tuner
+from torchlathe.passes.capture import capture
+from torchlathe.passes.errors import InputError
+
+HOST = targets.get("cpu")
+
+
+def compiled(model: torch.nn.Module, args: tuple[torch.Tensor, ...], **options: Any) -> Executable:
+    """Lowered by guess, so that our kernels run wherever they can."""
+    program = capture(model.eval(), args, **options)
+    choices, _ = lower(program, HOST, args, Tuner(level="fast"))
+    return Executable(program, choices)
+
+
+class Residual(torch.nn.Module):
+    """A chain in which early values are needed late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        kept = first = F.gelu(self.layers[0](x))
+        for layer in self.layers[1:]:
+            x = F.layer_norm(layer(kept) + x, (32,))
+            kept = x * first
+        return kept, first.transpose(0, 1), x[:1]
+
+
+def test_results_of_a_call_survive_the_next_one() -> None:
+    model, x = Residual(), torch.randn(16, 32)
+    run = compiled(model, (x,))
+    slots = plan(run.program, run.choices)
+    assert len(slots) >= 3
+    first = run(x)
+    wanted = [v.clone() for v in first]
+    run(torch.randn(16, 32))
+    for value, before, eager in zip(first, wanted, model(x), strict=True):
+        assert torch.equal(value, before)
+        torch.testing.assert_close(value, eager)
+
+
+def test_slots_are_reused_and_smaller_than_all_results_together() -> None:
+    model = torch.nn.Sequential(*(m for _ in range(8) for m in (torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))))
+    run = compiled(model, (torch.randn(32, 64),))
+    slots = plan(run.program, run.choices)
+    size = verify(slots, [c.region for c in run.choices])
+    assert len(slots) == 15 and size == 2 * 32 * 64 * 4  # only two results live at a time
+
+
+def test_views_keep_their_memory() -> None:
+    class Views(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            view = self.one(x).view(4, 4, 32).transpose(0, 1)[1:]
+            other = torch.relu(self.two(x)) * self.two(x + 1)
+            return view.sum() + other
+
+    model, x = Views(), torch.randn(16, 32)
+    torch.testing.assert_close(compiled(model, (x,))(x), model(x))
+
+
+def test_calls_at_the_same_time_have_memory_of_their_own() -> None:
+    model = Residual()
+    inputs = [torch.randn(16, 32) for _ in range(4)]
+    run = compiled(model, (inputs[0],))
+    wanted, wrong = [model(x)[0] for x in inputs], []
+
+    def work(k: int) -> None:
+        for _ in range(50):
+            if not torch.allclose(run(inputs[k])[0], wanted[k], atol=1e-5):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
+
+
+def test_a_call_that_fails_leaves_the_next_one_unharmed() -> None:
+    model, x = Residual(), torch.randn(16, 32)
+    run = compiled(model, (x,))
+    with pytest.raises(InputError):
+        run(torch.randn(3, 32))
+    torch.testing.assert_close(run(x)[0], model(x)[0])
+
+
+def test_blocks_are_aligned_and_shaped() -> None:
+    node: Any = object()
+    slots = [Slot(node, Destination((2, 3, 5), torch.float32, (0, 2, 1)), 128, 0, 1, 0),
+             Slot(node, Destination((7,), torch.bfloat16), 64, 1, 2, 128)]  # fmt: skip
+    arenas = Arenas(slots)
+    a, b = block = arenas.take()
+    assert a.shape == (2, 3, 5) and a.permute(0, 2, 1).is_contiguous() and b.dtype is torch.bfloat16
+    assert a.data_ptr() % ALIGNMENT == 0 and b.data_ptr() - a.data_ptr() == 128
+    assert arenas.take()[0].data_ptr() != a.data_ptr()
+    arenas.give(block)
+    assert arenas.take()[0] is a
+
+
+def slot(first: int, last: int, size: int, offset: int) -> Slot:
+    node: Any = f"{first}-{last}"
+    return Slot(node, Destination((size,), torch.uint8), size, first, last, offset)
+
+
+@pytest.mark.parametrize("other", [slot(1, 3, 128, 64), slot(2, 2, 64, 0), slot(0, 5, 64, 32)])
+def test_the_verifier_sees_overlaps(other: Slot) -> None:
+    steps: list[Region] = [None] * 6  # type: ignore[list-item]
+    assert verify([slot(0, 2, 128, 0), slot(3, 4, 128, 0)], steps) == 128
+    with pytest.raises(AssertionError):
+        verify([slot(0, 2, 128, 0), other], steps)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6), st.integers(1, 9)), min_size=1, max_size=25))
+def test_every_plan_passes_the_verifier(lives: list[tuple[int, int, int]]) -> None:
+    slots = [slot(first, first + length, size * ALIGNMENT, 0) for first, length, size in lives]
+    placed: list[Slot] = []
+    for s in sorted(slots, key=lambda s: (-s.size, s.first)):
+        s.offset = arena._lowest(s, placed)
+        placed.append(s)
+    size = verify(slots, [None] * 20)  # type: ignore[list-item]
+    alive = max(sum(s.size for s in slots if s.first <= t <= s.last) for t in range(20))
+    assert alive <= size <= sum(s.size for s in slots)
