@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .peaks import cached_peaks, measure_peaks
+from .peaks import METHOD, cached_peaks, measure_peaks
 from .target import Target
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
@@ -53,7 +53,7 @@ def detect_cpu(folder: Path | None = None) -> Target:
     cores = available_cores()
     caches, caches_source = read_caches()
     memory = int(psutil.virtual_memory().total)
-    facts = [chip.model, sorted(chip.flags), cores, caches, memory // GIB, platform.machine()]
+    facts = [chip.model, sorted(chip.flags), cores, caches, memory // GIB, platform.machine(), METHOD]
     key = hashlib.sha256(repr(facts).encode()).hexdigest()
     in_caches = caches[-1] + cores * sum(caches[1:-1])
     peaks = cached_peaks(key, lambda: measure_peaks(cores, in_caches, memory), folder)

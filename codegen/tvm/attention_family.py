@@ -31,7 +31,7 @@ class AttentionFamily:
         """Whether an attention operator is in the region."""
         return any(name_of(n) == OPERATOR for n in region.nodes)
 
-    def plan(self, region: Region, program: Program | None) -> AttentionLowering:
+    def plan(self, region: Region, program: Program | None, target: Target) -> AttentionLowering:
         """The attention. Raises Unsupported."""
         return AttentionLowering(plan(region))
 

@@ -70,7 +70,7 @@ class Family(Protocol):
         """Whether the region is of this kind, judged by its operators alone."""
         ...
 
-    def plan(self, region: Region, program: Program | None) -> Lowering:
+    def plan(self, region: Region, program: Program | None, target: Target) -> Lowering:
         """Raises Unsupported with the reason."""
         ...
 
@@ -104,7 +104,7 @@ class TvmBackend:
         if len(region.nodes) > LARGEST:
             return f"more than {LARGEST} operators"
         try:
-            self._plan(region)
+            self._plan(region, target)
         except Unsupported as reason:
             return str(reason)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
@@ -113,12 +113,12 @@ class TvmBackend:
 
     def space(self, region: Region, target: Target) -> Iterable[Schedule]:
         """What the region's family offers."""
-        return self._plan(region).space(target)
+        return self._plan(region, target).space(target)
 
     def lower(self, region: Region, target: Target, schedule: Schedule) -> Kernel:
         """Compile the region. Raises LowerError."""
         try:
-            plan = self._plan(region)
+            plan = self._plan(region, target)
             name = self._named(region)
             key = region.digest(), str(schedule)
             if key not in self._compiled:
@@ -144,14 +144,14 @@ class TvmBackend:
 
     def constants(self, region: Region, target: Target, schedule: Schedule) -> tuple[torch.Tensor, ...]:
         """The tensors that a kernel of this region and schedule takes after its inputs."""
-        return self._plan(region).constants(schedule, target)
+        return self._plan(region, target).constants(schedule, target)
 
     def _named(self, region: Region) -> str:
         family = next(f for f in FAMILIES if f.claims(region))
         return f"{family.name}_" + "_".join(dict.fromkeys(_short(n) for n in region.nodes))[:80]
 
-    def _plan(self, region: Region) -> Lowering:
-        return next(f for f in FAMILIES if f.claims(region)).plan(region, self.program)
+    def _plan(self, region: Region, target: Target) -> Lowering:
+        return next(f for f in FAMILIES if f.claims(region)).plan(region, self.program, target)
 
 
 @dataclass

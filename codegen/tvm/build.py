@@ -23,6 +23,8 @@ from ...targets.target import Target
 
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads", "omp_get_max_threads")
 SETTER = "set_launcher"
+# instruction sets that a level of x86-64 does not imply, as the operating system and as LLVM call them
+DOTS = {"avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx_vnni": "avxvnni"}
 
 # args points at 16-byte tagged values: the payload of value k lies at 16 k + 8; an int result has tag 1
 LAUNCHER = """
@@ -98,7 +100,9 @@ def host(target: Target) -> Any:
     """The TVM target of a CPU. LLVM's own vectoriser stays off: it takes the accumulators of a loop apart."""
     mcpu = target.mcpu or tvm.target.codegen.llvm_get_system_cpu()
     options = ["-vectorize-slp:bool=false"]
-    return tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "num-cores": max(1, target.cores), "cl-opt": options})
+    attributes = [f"+{name}" for feature, name in DOTS.items() if feature in target.features]
+    return tvm.target.Target({"kind": "llvm", "mcpu": mcpu, "mattr": attributes, "num-cores": max(1, target.cores),
+                              "cl-opt": options})  # fmt: skip
 
 
 def compile_function(func: Any, target: Any) -> Any:

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
+import torch
 from tvm import tirx
 
 from .border import buffer_of, copy_with_zeros
+from .dots import with_declaration, word
 from .emit import Memory, Row, integer, parallel, put, sequence, serial, take
 from .layout import Access, Sizes, flat, parameter
 from .math import Block, on_stack
@@ -40,20 +42,28 @@ class Form:
 def function(product: Product, name: str, form: Form) -> Any:
     """The complete PrimFunc; parameters are inputs, the packed weight if there is one, outputs."""
     sizes = Sizes()
-    outputs = len(product.tail.outputs)
-    position = len(product.tensors) - outputs - 1
+    dot, outputs = product.dot, len(product.tail.outputs)
+    position = len(product.tensors) - outputs - (2 if dot.shifted else 1)
+    packed_type = "int32" if dot.group > 1 else str(dot.stored).removeprefix("torch.")
+    panels = -(-product.columns // form.width)
     buffers = []
     for k, tensor in enumerate(product.tensors):
         if product.packed and k == position:
-            sizes_of = (-(-product.columns // form.width), product.taps * product.depth, form.width)
-            buffers.append(tirx.decl_buffer([integer(n) for n in sizes_of], "float32", "packed", data_alignment=4))
+            sizes_of = [panels, product.taps * -(-product.depth // dot.group), form.width]
+            buffers.append(tirx.decl_buffer([integer(n) for n in sizes_of], packed_type, "packed", data_alignment=1))
+        elif product.packed and dot.shifted and k == position + 1:
+            buffers.append(tirx.decl_buffer([integer(panels * form.width)], "int32", "start", data_alignment=4))
         else:
             buffers.append(parameter(f"t{k}", tensor, sizes))
     dtypes = [t.dtype for t in product.tensors]
+    if product.packed:
+        dtypes[position] = torch.int32 if dot.group > 1 else dot.stored
+    if dot.shifted:
+        dtypes[position + 1] = torch.int32
     views = [flat(f"f{k}", b, d) for k, (b, d) in enumerate(zip(buffers, dtypes, strict=True))]
     body: list[Any] = [tirx.DeclBuffer(v, data=b.data) for v, b in zip(views, buffers, strict=True)]
     body += _Emitter(product, form, sizes, Memory(views, dtypes), position).statements()
-    func = tirx.PrimFunc(buffers, sequence(body))
+    func = tirx.PrimFunc(buffers, with_declaration(dot, form.lanes, sequence(body)))
     return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
 
 
@@ -142,44 +152,52 @@ class _Emitter:
 
     def _right(self, panel: Any, valid: int) -> list[Any]:
         """Statements that make the right operand's panel readable in vectors: nothing for a packed weight."""
-        p, form = self.product, self.form
+        p, form, dot = self.product, self.form, self.product.dot
         self.scratch = None
         if p.packed:
             return []
-        self.scratch = tirx.decl_buffer((p.depth * form.width,), "float32", "panel", data_alignment=64)
-        small = p.depth * form.width * 4 <= STACK
+        steps = -(-p.depth // dot.group)
+        kind = "float32" if dot.group == 1 else "int32"
+        self.scratch = tirx.decl_buffer((steps * form.width,), kind, "panel", data_alignment=64)
         b = Block(1)
-        base = b.let(
-            self._offset(p.right, self.digits) + panel * integer(form.width) * self.sizes.tir(p.right_steps[1])
-        )
         step, across = (self.sizes.tir(s) for s in p.right_steps)
-        k, column = tirx.Var("k", "int64"), tirx.Var("column", "int64")
-        source, into = self.memory.views[p.right.buffer], self.scratch
-        wide = Block(form.lanes)
-        if p.right_steps[1] == 1:  # rows of the operand are vectors
-            lanes = [v for v in range(form.vectors) if (v + 1) * form.lanes <= valid]
-            for v in lanes:
-                at = tirx.Ramp(base + k * step + integer(v * form.lanes), integer(1), form.lanes)
-                put(wide, into, k * integer(form.width) + integer(v * form.lanes), tirx.BufferLoad(source, [at]))
-            done = len(lanes) * form.lanes
-        else:
-            done = 0
+        base = b.let(self._offset(p.right, self.digits) + panel * integer(form.width) * across)
+        k, column, wide = tirx.Var("k", "int64"), tirx.Var("column", "int64"), Block(form.lanes)
+        done = 0
+        if p.right_steps[1] == 1 and dot.group == 1:  # rows of the operand are vectors
+            for v in range(valid // form.lanes):
+                at = base + k * step + integer(v * form.lanes)
+                value = self.memory.load(wide, p.right.buffer, at, integer(1))
+                put(wide, self.scratch, k * integer(form.width) + integer(v * form.lanes), value)
+            done = valid // form.lanes * form.lanes
         if done < form.width:  # column by column; what lies beyond the operand is zero
-            inside = tirx.if_then_else(
-                column + integer(done) < integer(valid),
-                tirx.BufferLoad(source, [base + k * step + (column + integer(done)) * across]),
-                tirx.const(0.0, "float32"),
-            )
-            store = tirx.BufferStore(into, inside, [k * integer(form.width) + column + integer(done)])
-            wide.statements.append(serial(column, integer(form.width - done), [store]))
-        frame = on_stack(into) if small else tirx.AllocBuffer(into)
-        return [frame, *b.statements, serial(k, integer(p.depth), wide.statements)]
+            lane, one = column + integer(done), Block(1)
+            value = self._column(one, base + lane * across, k, step, lane < integer(valid))
+            one.statements.append(tirx.BufferStore(self.scratch, value, [k * integer(form.width) + lane]))
+            wide.statements.append(serial(column, integer(form.width - done), one.statements))
+        small = steps * form.width * 4 <= STACK
+        frame = on_stack(self.scratch) if small else tirx.AllocBuffer(self.scratch)
+        return [frame, *b.statements, serial(k, integer(steps), wide.statements)]
+
+    def _column(self, one: Block, base: Any, k: Any, step: Any, inside: Any) -> Any:
+        """One column of the right operand in step `k`: a number, or a group of elements in one."""
+        p, dot, view = self.product, self.product.dot, self.memory.views[self.product.right.buffer]
+        if dot.group == 1:
+            at = tirx.if_then_else(inside, base + k * step, integer(0))
+            return tirx.Select(inside, self.memory.load(one, p.right.buffer, at, None), tirx.const(0.0, "float32"))
+        parts, zero = [], tirx.const(0, str(view.dtype))
+        for j in range(dot.group):
+            at = k * integer(dot.group) + integer(j)
+            exists = tirx.And(inside, at < integer(p.depth))
+            parts.append(one.let(tirx.if_then_else(exists, tirx.BufferLoad(view, [base + at * step]), zero)))
+        lanes = [tirx.IntImm("int32", j) for j in range(dot.group)]
+        return tirx.reinterpret("int32", tirx.Shuffle(parts, lanes))
 
     def _tile(self, low: Any, height: int, panel: Any, valid: int) -> list[Any]:
         """One register tile: rows [start, start + height) of one panel, `valid` columns of it, with the tail."""
         p, form, b = self.product, self.form, Block(1)
         vectors = -(-valid // form.lanes)
-        tile = Tile(height, vectors, form.lanes)
+        tile = Tile(height, vectors, form.lanes, p.dot)
         first = b.let(low)
         walks = [self._row_digits(b, first + integer(i)) for i in range(height)]
         left = [b.let(self._offset(p.left, [*self.digits, *w])) for w in walks]
@@ -195,22 +213,51 @@ class _Emitter:
             where = left[row] + shift
             if not p.spread:
                 return take(one, self.left, where + column)
-            return tirx.BufferLoad(self.left, [where + (k if p.left_step == 1 else k * step)])
+            return self._number(one, where, k, step, p.dot.group)
+
+        def rest(one: Block, row: int, k: Any) -> Any:
+            return self._number(one, left[row] + shift, k, step, p.depth % p.dot.group)
 
         def vector(wide: Block, v: int, k: Any) -> Any:
             where = k * integer(width) + integer(v * form.lanes)
             if self.scratch is not None:
                 return take(wide, self.scratch, where)
-            first = panel * integer(p.taps * p.depth * width) + index * integer(p.depth * width)
-            return take(wide, self.memory.views[self.packed], first + where)
+            steps = -(-p.depth // p.dot.group)
+            first = panel * integer(p.taps * steps * width) + index * integer(steps * width)
+            loaded = take(wide, self.memory.views[self.packed], first + where)
+            return (
+                tirx.Cast(wide.dtype("float32"), loaded) if p.dot.stored is torch.int8 and p.dot.group == 1 else loaded
+            )
 
-        start = tile.start()
-        body = tile.accumulate(integer(p.depth), number, vector, p.spread)
+        def initial(wide: Block, v: int) -> Any:
+            return take(wide, self.memory.views[self.packed + 1], column + integer(v * form.lanes))
+
+        start = tile.start(initial if p.dot.shifted else None)
+        whole, left_over = divmod(p.depth, p.dot.group)
+        parts = [tile.accumulate(integer(whole), number, vector, p.spread)]
+        parts += tile.step(rest, vector, integer(whole)) if left_over else []
+        body = sequence(parts)
         for tap, (count, _) in zip(reversed(taps), reversed(p.window), strict=True):
             body = serial(tap, integer(count), [body])
         loop = [*start, body]
         stores = [s for i, w in enumerate(walks) for s in self._store(tile, i, [*self.digits, *w], column, valid)]
         return [*b.statements, *loop, *stores]
+
+    def _number(self, one: Block, where: Any, k: Any, step: Any, count: int) -> Any:
+        """What the left operand gives to step `k`: a float32 number, or a group of which `count` elements exist."""
+        p, dot = self.product, self.product.dot
+        if dot.group == 1:
+            at = where + (k if p.left_step == 1 else k * step)
+            if p.border is not None:
+                return tirx.BufferLoad(self.left, [at])
+            return self.memory.load(one, p.left.buffer, at, None)
+        at = where + k * integer(dot.group) * step
+        if count == dot.group and p.left_step == 1:
+            return word(dot, one, tirx.BufferLoad(self.left, [tirx.Ramp(at, integer(1), dot.group)]))
+        zero = tirx.const(0, str(self.left.dtype))
+        parts = [tirx.BufferLoad(self.left, [at + integer(j) * step]) if j < count else zero for j in range(dot.group)]
+        lanes = [tirx.IntImm("int32", j) for j in range(dot.group)]
+        return word(dot, one, tirx.Shuffle([one.let(part) for part in parts], lanes))
 
     def _row_digits(self, b: Block, row: Any) -> list[Any]:
         p = self.product

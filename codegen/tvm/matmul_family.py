@@ -20,6 +20,7 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from . import conv_plan
 from .conv_plan import CONVOLUTIONS
+from .dots import pack, start_of
 from .matmul import Form, function
 from .product import LINEAR, MATRIX, Product, operands, plan
 from .row_family import lanes_of
@@ -33,15 +34,6 @@ BLOCK_COLUMNS = 192  # of one task when rows are cut into blocks
 SERIAL_BELOW = 400_000  # floating point operations that are not worth a launch on several threads
 
 
-def pack(matrix: torch.Tensor, width: int) -> torch.Tensor:
-    """A matrix [depth, columns] as zero-padded panels [panels, depth, width]."""
-    depth, columns = matrix.shape
-    count = -(-columns // width)
-    padded = matrix.new_zeros(depth, count * width)
-    padded[:, :columns] = matrix
-    return padded.view(depth, count, width).transpose(0, 1).contiguous()
-
-
 class MatmulFamily:
     """Regions of one matrix product and the pointwise operators after it."""
 
@@ -51,9 +43,9 @@ class MatmulFamily:
         """Whether a matrix product is in the region."""
         return any(name_of(n) in (*LINEAR, *MATRIX) for n in region.nodes)
 
-    def plan(self, region: Region, program: Program | None) -> MatmulLowering:
+    def plan(self, region: Region, program: Program | None, target: Target) -> MatmulLowering:
         """The region's product and row program. Raises Unsupported."""
-        return MatmulLowering(plan(region, program), program)
+        return MatmulLowering(plan(region, program, target), program)
 
 
 class ConvFamily:
@@ -65,7 +57,7 @@ class ConvFamily:
         """Whether a convolution is in the region."""
         return any(name_of(n) in CONVOLUTIONS for n in region.nodes)
 
-    def plan(self, region: Region, program: Program | None) -> MatmulLowering:
+    def plan(self, region: Region, program: Program | None, target: Target) -> MatmulLowering:
         """The convolution as a product. Raises Unsupported."""
         return MatmulLowering(conv_plan.plan(region, program), program, conv_plan.ORDER)
 
@@ -117,7 +109,9 @@ class MatmulLowering:
         if weight is None:
             raise Unsupported("the right operand is not a constant weight")
         width = int(schedule["vectors"]) * lanes_of(target)
-        return (pack(_matrix(self.product.root, weight), width),)
+        matrix, dot = _matrix(self.product.root, weight), self.product.dot
+        packed = pack(matrix, width, dot)
+        return (packed, start_of(matrix, width)) if dot.shifted else (packed,)
 
     def right(self) -> fx.Node:
         """The node of the right operand."""

@@ -11,13 +11,15 @@ import torch
 from torch import fx
 
 from ...passes.program import Program
+from ...targets.target import Target
 from ..base import Region
+from .dots import PLAIN, Dot, dot_of
 from .layout import Access, expression, merge
 from .rules import name_of
 from .tail import Tail, plan_tail
 from .values import Unsupported, bound, shape
 
-LINEAR, MATRIX = ("linear",), ("mm", "addmm", "bmm", "baddbmm", "matmul")
+LINEAR, MATRIX = ("linear", "_weight_int8pack_mm"), ("_int_mm", "mm", "addmm", "bmm", "baddbmm", "matmul")
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Product:
         window: (taps, stride of the left operand) of each dimension of a convolution's window.
         border: how the left operand is copied with zeros around it first, None if it is read in place.
         spread: whether numbers of the left operand are broadcast; a depthwise convolution reads vectors instead.
+        dot: how elements are multiplied.
     """
 
     root: fx.Node
@@ -80,6 +83,7 @@ class Product:
     window: tuple[tuple[int, sympy.Expr], ...] = ()
     border: Border | None = None
     spread: bool = True
+    dot: Dot = PLAIN
 
     @property
     def columns(self) -> int:
@@ -113,11 +117,12 @@ def _count(extents: Iterable[sympy.Expr]) -> int | None:
     return math.prod(int(e) for e in extents) if all(e.is_Integer for e in extents) else None
 
 
-def plan(region: Region, program: Program | None) -> Product:
+def plan(region: Region, program: Program | None, target: Target) -> Product:
     """The product of a region. Raises Unsupported with the reason.
 
     Args:
         program: tells which inputs are constant weights; without it every operand is taken at run time.
+        target: tells which instructions there are.
     """
     roots = [n for n in region.nodes if name_of(n) in (*LINEAR, *MATRIX)]
     if len(roots) != 1:
@@ -125,12 +130,16 @@ def plan(region: Region, program: Program | None) -> Product:
     root = roots[0]
     left, right, addend = operands(root)
     _check_tensors(root, left, right)
+    dot = dot_of(left.meta["val"].dtype, right.meta["val"].dtype, target)
     space = shape(root)
     depth, columns = shape(left)[-1], space[-1]
     if not isinstance(depth, int) or not isinstance(columns, int) or depth == 0 or 0 in space:
         raise Unsupported("a product whose depth or columns are symbolic or empty")
     packed = program is not None and len(shape(right)) == 2 and program.constant(right) is not None
-    tail = plan_tail(region, root, addend, int(packed))
+    if not packed and (dot.shifted or dot.stored is torch.int8):
+        raise Unsupported("a product of bytes whose right operand is not a constant weight")
+    scale = bound(root)["scales"] if name_of(root) == "_weight_int8pack_mm" else None
+    tail = plan_tail(region, root, addend, packed + (packed and dot.shifted), scale=scale)
     walks = _walks(root, left, right, region, len(space))
     accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
     extents = merge([expression(e) for e in space], accesses, False)
@@ -138,7 +147,7 @@ def plan(region: Region, program: Program | None) -> Product:
     steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
     right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
     return Product(root, tail, *walks, expression(left.meta["val"].stride(-1)), right_steps, packed, extents, batch,
-                   depth)  # fmt: skip
+                   depth, dot=dot)  # fmt: skip
 
 
 def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -147,7 +156,8 @@ def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         raise Unsupported("the product or the addend is scaled")
     if name_of(root) in LINEAR:
-        return given["input"], given["weight"], given["bias"]
+        names = ("input", "weight") if name_of(root) == "linear" else ("self", "mat2")
+        return given[names[0]], given[names[1]], given.get("bias")
     if name_of(root) in ("addmm", "baddbmm"):
         left, right = [given[k] for k in (("mat1", "mat2") if name_of(root) == "addmm" else ("batch1", "batch2"))]
         return left, right, given["self"]
@@ -160,8 +170,6 @@ def _check_tensors(root: fx.Node, left: fx.Node, right: fx.Node) -> None:
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
             raise Unsupported(f"{node.name} is not a dense tensor on the CPU")
-        if value.dtype is not torch.float32:
-            raise Unsupported(f"a matrix product in {value.dtype}")
         if value.dim() < 2 or (name_of(root) in LINEAR and node is right and value.dim() != 2):
             raise Unsupported("a product with a vector")
 

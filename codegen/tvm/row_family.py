@@ -32,7 +32,7 @@ class RowFamily:
         """Always: a region without a row program is refused by `plan`."""
         return True
 
-    def plan(self, region: Region, program: Program | None) -> RowLowering:
+    def plan(self, region: Region, program: Program | None, target: Target) -> RowLowering:
         """The region as a row program. Raises Unsupported."""
         return RowLowering(make(region), all(name_of(n) in MOVES for n in region.nodes))
 

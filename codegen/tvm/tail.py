@@ -34,7 +34,8 @@ class Tail:
 
 
 def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: int,
-              order: tuple[int, ...] | None = None, inner: Collection[fx.Node] = ()) -> Tail:  # fmt: skip
+              order: tuple[int, ...] | None = None, inner: Collection[fx.Node] = (),
+              scale: fx.Node | None = None) -> Tail:  # fmt: skip
     """The tail of a region whose other nodes all come after `root`. Raises Unsupported with the reason.
 
     Args:
@@ -42,6 +43,7 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
         constants: number of constants among the parameters.
         order: dimensions of the result from the outermost to the innermost in memory; the last one is the columns.
         inner: nodes of the region that come before `root`.
+        scale: what the result is multiplied with first, one number per column.
     """
     rest = [n for n in region.nodes if n is not root and n not in inner]
     for node in rest:
@@ -52,8 +54,11 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
     build, memo = Builder(region, space), dict[Any, Value]()
     at = _coordinates(build, order)
     tensors = [*(n.meta["val"] for n in region.inputs), *(torch.empty(0) for _ in range(constants))]
-    result = build.product()
-    summed = result if addend is None else build.op("add", result, _addend(build, root, addend, at, memo, order))
+    result = summed = build.product(KINDS.get(root.meta["val"].dtype, "float32"))
+    if scale is not None:
+        summed = build.op("mul", summed, _addend(build, root, scale, at, memo, order))
+    if addend is not None:
+        summed = build.op("add", summed, _addend(build, root, addend, at, memo, order))
     memo[root, at] = build.rounded(summed, root.meta["val"].dtype)
     outputs = []
     for k, node in enumerate(region.outputs):

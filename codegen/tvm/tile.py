@@ -13,6 +13,7 @@ from typing import Any
 
 from tvm import tirx
 
+from .dots import PLAIN, Dot, multiply_add
 from .emit import serial
 from .math import Block, assign, on_stack, read, register
 
@@ -33,31 +34,37 @@ class Tile:
     rows: int
     vectors: int
     lanes: int
+    dot: Dot = PLAIN
     registers: list[Any] = field(default_factory=list)
 
-    def start(self) -> list[Any]:
-        """Statements that allocate the accumulators and set them to zero."""
-        b = Block(self.lanes)
-        self.registers = [register(b.dtype("float32")) for _ in range(self.rows * self.vectors)]
-        for r in self.registers:
-            b.statements += [on_stack(r), assign(r, b.const(0.0))]
+    def start(self, initial: Callable[[Block, int], Any] | None = None) -> list[Any]:
+        """Statements that allocate the accumulators and set each to zero, or to what `initial` gives for its vector."""
+        b, kind = Block(self.lanes), self.dot.accumulator
+        firsts = [b.let(initial(b, v)) if initial else b.const(0.0 if kind == "float32" else 0, kind)
+                  for v in range(self.vectors)]  # fmt: skip
+        self.registers = [register(b.dtype(kind)) for _ in range(self.rows * self.vectors)]
+        for k, r in enumerate(self.registers):
+            b.statements += [on_stack(r), assign(r, firsts[k % self.vectors])]
         return b.statements
 
     def accumulate(self, depth: Any, number: Number, vector: Vector, spread: bool = True) -> Any:
-        """The loop that adds `depth` outer products of numbers and vectors.
+        """The loop that adds `depth` outer products of numbers and vectors."""
+        k = tirx.Var("k", "int64")
+        return serial(k, depth, self.step(number, vector, k, spread))
 
-        Without `spread`, `number` gives one vector for each row, and the tile has one vector per row.
-        """
-        step, b = tirx.Var("k", "int64"), Block(self.lanes)
-        loaded = [b.let(vector(b, v, step)) for v in range(self.vectors)]
+    def step(self, number: Number, vector: Vector, k: Any, spread: bool = True) -> list[Any]:
+        """One outer product. Without `spread`, `number` gives one vector for each row, and the tile has one per row."""
+        b = Block(self.lanes)
+        loaded = [b.let(vector(b, v, k)) for v in range(self.vectors)]
         for row in range(self.rows):
             one = Block(1) if spread else b
-            value = number(one, row, step)
+            value = number(one, row, k)
             b.statements += one.statements if spread else []
             factor = b.let(b.spread(value) if spread else value)
             for v in range(self.vectors):
-                b.statements.append(assign(self._at(row, v), self.value(row, v) + factor * loaded[v]))
-        return serial(step, depth, b.statements)
+                total = multiply_add(self.dot, b, self.value(row, v), factor, loaded[v])
+                b.statements.append(assign(self._at(row, v), total))
+        return b.statements
 
     def value(self, row: int, vector: int) -> Any:
         """One accumulator."""

@@ -104,9 +104,9 @@ class Builder:
         vary = any(c is not None and c[0] == "column" for c in coords)
         return self._make("load", (), (self.region.inputs.index(node), coords), kind, vary, 0, 1)
 
-    def product(self) -> Value:
+    def product(self, kind: str = "float32") -> Value:
         """The element of a matrix product at this row and column: what the accumulators hold."""
-        return self._make("product", (), None, "float32", True, 0, 0)
+        return self._make("product", (), None, kind, True, 0, 0)
 
     def cat(self, parts: Sequence[Value], bounds: tuple[int, ...]) -> Value:
         """Part k from column bounds[k] on."""

@@ -16,7 +16,7 @@ from torchlathe.codegen.base import Region
 from torchlathe.codegen.eager import op_name
 from torchlathe.codegen.select import run_kernel
 from torchlathe.codegen.tvm.backend import TvmBackend
-from torchlathe.codegen.tvm.matmul_family import pack
+from torchlathe.codegen.tvm.dots import PLAIN, pack
 from torchlathe.passes.capture import capture
 from torchlathe.passes.program import Program
 from torchlathe.targets.target import Target
@@ -182,7 +182,7 @@ def test_refusals_name_the_reason(function: Callable[..., Any], args: tuple[torc
 
 def test_pack_pads_the_last_panel_with_zeros() -> None:
     weight = torch.arange(12.0).view(4, 3)  # [columns, depth]
-    packed = pack(weight.t(), 3)
+    packed = pack(weight.t(), 3, PLAIN)
     assert packed.shape == (2, 3, 3)
     assert torch.equal(packed[0], weight[:3].t())
     assert torch.equal(packed[1], torch.stack([weight[3], torch.zeros(3), torch.zeros(3)]).t())
