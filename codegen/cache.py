@@ -97,6 +97,7 @@ class _Loader:
     notes: list[str] = field(default_factory=list)
     _functions: dict[tuple[Any, str], Callable[..., Any]] = field(default_factory=dict)
     _kernels: dict[tuple[str, str], Kernel] = field(default_factory=dict)
+    _made: TvmBackend | None = None
 
     def choices(self, stored: Json) -> list[Choice]:
         """A kernel for every stored region; together they must cover each call once."""
@@ -151,11 +152,16 @@ class _Loader:
                 return None
         destinations = row["destinations"]
         made = None if destinations is None else tuple(_destination(d, region) for d in destinations)
-        constants = _tvm(self.program).constants(region, self.host, schedule) if row["constants"] else ()
+        constants = self._backend().constants(region, self.host, schedule) if row["constants"] else ()
         return Kernel(
             name, "tvm", self._functions[key], made, len(region.outputs), constants, schedule=schedule,
             library=lambda path: write_atomically(Path(path), [data]), flops=int(row["flops"]), bytes=int(row["bytes"]),
         )  # fmt: skip
+
+    def _backend(self) -> TvmBackend:
+        if self._made is None:
+            self._made = _tvm(self.program)
+        return self._made
 
     def _compiled(self, region: Region, schedule: Schedule) -> Kernel | None:
         """Equal regions share one kernel, unless weights are baked into it."""
@@ -164,7 +170,7 @@ class _Loader:
             return replace(self._kernels[key])
         self.counts["recompilations"] = self.counts.get("recompilations", 0) + 1
         try:
-            kernel = self._lowered(_tvm(self.program), region, schedule)
+            kernel = self._lowered(self._backend(), region, schedule)
         except NO_KERNEL as error:
             self.notes.append(f"a region of tvm runs eagerly: {_first_line(error)}")
             return None

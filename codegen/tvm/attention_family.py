@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from . import attention_decode
 from .attention import Form, function
 from .attention_plan import OPERATOR, Attention, memory_order, plan
 from .row_family import lanes_of
@@ -19,6 +21,7 @@ from .rules import name_of
 HEIGHTS = {4: 6, 3: 8, 2: 12, 1: 16}  # rows of a tile by its vectors: 24 accumulators of 32 vector registers
 SMALL_HEIGHTS = {2: 4, 1: 8}  # for 16 vector registers
 BLOCK = 512  # keys whose scores are kept at once
+RUN, MOST = 256, 2048  # keys of a task in decoding: where sizes are symbolic, and at most
 SERIAL_BELOW = 200_000  # floating point operations that are not worth a launch on several threads
 
 
@@ -58,8 +61,10 @@ class AttentionLowering:
         return self.attention.flops
 
     def space(self, target: Target) -> Iterable[Schedule]:
-        """Query tiles of several widths, score tiles to match."""
+        """For few queries, runs of keys; then query tiles of several widths, score tiles to match."""
         lanes, queries, keys = lanes_of(target), self.attention.queries, self.attention.keys
+        if attention_decode.reason_against(self.attention, lanes) is None:
+            yield from (Schedule("decode", (("run", run),)) for run in self._runs(target))
         registers = 28 if target.vector_bits >= 512 else 12
         most = -(-int(queries) // lanes) if queries.is_Integer else 4
         block = min(int(keys), BLOCK) if keys.is_Integer else BLOCK
@@ -68,9 +73,24 @@ class AttentionLowering:
             names = ("vectors", "rows", "block")
             yield Schedule("attention", tuple(zip(names, (vectors, height, block), strict=True)))
 
+    def _runs(self, target: Target) -> Iterable[int]:
+        """Keys of a task: all of a head, or as few as give each core several tasks."""
+        p = self.attention
+        if not all(e.is_Integer for e in (*p.lead, p.keys)):
+            yield RUN
+            return
+        keys, heads = int(p.keys), math.prod(int(e) for e in p.lead) // p.group
+        share = -(-keys // max(1, -(-4 * target.cores // heads)))
+        runs = min(keys, MOST), min(keys, max(64, share))
+        yield from dict.fromkeys(-(-run // 16) * 16 for run in runs)  # whole vectors of any width
+
     def function(self, name: str, schedule: Schedule, target: Target) -> Any:
         """The PrimFunc."""
         p = self.attention
+        if schedule.name == "decode":
+            threaded = target.cores > 1 and (p.flops == 0 or p.flops >= SERIAL_BELOW // 4)
+            form = attention_decode.DecodeForm(lanes_of(target), int(schedule["run"]), threaded)
+            return attention_decode.function(p, name, form)
         vectors, height, block = (int(schedule[k]) for k in ("vectors", "rows", "block"))
         features = -(-p.value_features // -(-p.value_features // height))  # tiles of equal height
         threaded = target.cores > 1 and (p.flops == 0 or p.flops >= SERIAL_BELOW)

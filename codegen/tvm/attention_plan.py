@@ -57,6 +57,11 @@ class Attention:
     mask_per_query: bool
 
     @property
+    def group(self) -> int:
+        """Query heads that read the same keys."""
+        return self.heads["key"][-1][1]
+
+    @property
     def flops(self) -> int:
         """Floating point operations of both products, 0 if sizes are symbolic."""
         sizes = [*self.lead, self.queries, self.keys]

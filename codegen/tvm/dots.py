@@ -20,6 +20,13 @@ from ...targets.target import Target
 from .math import Block
 from .values import Unsupported
 
+PREFETCH = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+define i32 @lathe_prefetch(ptr %line) alwaysinline {
+  call void @llvm.prefetch.p0(ptr %line, i32 0, i32 3, i32 1)
+  ret i32 0
+}
+"""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -106,9 +113,14 @@ def name_of(dot: Dot, lanes: int) -> str:
 
 
 def with_declaration(dot: Dot, lanes: int, body: Any) -> Any:
-    """A statement that may use the dot."""
-    text = declaration(dot, lanes)
-    return tirx.AttrStmt(ir.StringImm("dot"), "pragma_import_llvm", ir.StringImm(text), body) if text else body
+    """A statement that may use the dot and `prefetch`."""
+    text = ir.StringImm(PREFETCH + declaration(dot, lanes))
+    return tirx.AttrStmt(ir.StringImm("dot"), "pragma_import_llvm", text, body)
+
+
+def prefetch(buffer: Any, index: Any) -> Any:
+    """A statement that asks for the cache line of an element, which may lie beyond the buffer."""
+    return tirx.Evaluate(tirx.call_extern("int32", "lathe_prefetch", tirx.address_of(tirx.BufferLoad(buffer, [index]))))
 
 
 def multiply_add(dot: Dot, b: Block, total: Any, factor: Any, vector: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import sympy
@@ -11,7 +12,7 @@ import torch
 from tvm import tirx
 
 from .border import buffer_of, copy_with_zeros
-from .dots import with_declaration, word
+from .dots import WEIGHT_INT8, prefetch, with_declaration, word
 from .emit import Memory, Row, integer, parallel, put, sequence, serial, take
 from .layout import Access, Sizes, flat, parameter
 from .math import Block, on_stack
@@ -19,6 +20,7 @@ from .product import Product
 from .tile import Tile, split
 from .values import Value
 
+LINE = 64  # bytes of a cache line
 STACK = 32768  # bytes of a packed panel that may lie in the frame of a task
 
 
@@ -201,40 +203,11 @@ class _Emitter:
         first = b.let(low)
         walks = [self._row_digits(b, first + integer(i)) for i in range(height)]
         left = [b.let(self._offset(p.left, [*self.digits, *w])) for w in walks]
-        step, width = self.sizes.tir(p.left_step), form.width
-        taps = [tirx.Var(f"tap{d}", "int64") for d in range(len(p.window))]
-        shift: Any = integer(0)
-        index: Any = integer(0)
-        for tap, (count, stride) in zip(taps, p.window, strict=True):
-            shift, index = shift + tap * self.sizes.tir(stride), index * integer(count) + tap
-        column = b.let(panel * integer(width))
-
-        def number(one: Block, row: int, k: Any) -> Any:
-            where = left[row] + shift
-            if not p.spread:
-                return take(one, self.left, where + column)
-            return self._number(one, where, k, step, p.dot.group)
-
-        def rest(one: Block, row: int, k: Any) -> Any:
-            return self._number(one, left[row] + shift, k, step, p.depth % p.dot.group)
-
-        def vector(wide: Block, v: int, k: Any) -> Any:
-            where = k * integer(width) + integer(v * form.lanes)
-            if self.scratch is not None:
-                return take(wide, self.scratch, where)
-            steps = -(-p.depth // p.dot.group)
-            first = panel * integer(p.taps * steps * width) + index * integer(steps * width)
-            loaded = take(wide, self.memory.views[self.packed], first + where)
-            return (
-                tirx.Cast(wide.dtype("float32"), loaded) if p.dot.stored is torch.int8 and p.dot.group == 1 else loaded
-            )
-
-        def initial(wide: Block, v: int) -> Any:
-            return take(wide, self.memory.views[self.packed + 1], column + integer(v * form.lanes))
-
+        column, taps = b.let(panel * integer(form.width)), [tirx.Var(f"tap{d}", "int64") for d in range(len(p.window))]
+        number, rest, vector, initial = self._operands(left, panel, column, taps)
         start = tile.start(initial if p.dot.shifted else None)
         whole, left_over = divmod(p.depth, p.dot.group)
-        parts = [tile.accumulate(integer(whole), number, vector, p.spread)]
+        parts = [tile.accumulate(integer(whole), number, vector, p.spread, partial(self._ahead, b, panel, first))]
         parts += tile.step(rest, vector, integer(whole)) if left_over else []
         body = sequence(parts)
         for tap, (count, _) in zip(reversed(taps), reversed(p.window), strict=True):
@@ -242,6 +215,48 @@ class _Emitter:
         loop = [*start, body]
         stores = [s for i, w in enumerate(walks) for s in self._store(tile, i, [*self.digits, *w], column, valid)]
         return [*b.statements, *loop, *stores]
+
+    def _operands(self, left: list[Any], panel: Any, column: Any, taps: list[Any]) -> tuple[Any, Any, Any, Any]:
+        """What the inner loop reads: numbers of a step, of an incomplete last step, vectors, and where sums start."""
+        p, lanes, width, step = self.product, self.form.lanes, self.form.width, self.sizes.tir(self.product.left_step)
+        steps = -(-p.depth // p.dot.group)
+        shift: Any = integer(0)
+        index: Any = integer(0)
+        for tap, (count, stride) in zip(taps, p.window, strict=True):
+            shift, index = shift + tap * self.sizes.tir(stride), index * integer(count) + tap
+        first = panel * integer(p.taps * steps * width) + index * integer(steps * width)
+
+        def number(one: Block, row: int, k: Any) -> Any:
+            if not p.spread:
+                return take(one, self.left, left[row] + shift + column)
+            return self._number(one, left[row] + shift, k, step, p.dot.group)
+
+        def rest(one: Block, row: int, k: Any) -> Any:
+            return self._number(one, left[row] + shift, k, step, p.depth % p.dot.group)
+
+        def vector(wide: Block, v: int, k: Any) -> Any:
+            where = k * integer(width) + integer(v * lanes)
+            if self.scratch is not None:
+                return take(wide, self.scratch, where)
+            loaded = take(wide, self.memory.views[self.packed], first + where)
+            return tirx.Cast(wide.dtype("float32"), loaded) if p.dot is WEIGHT_INT8 else loaded
+
+        def initial(wide: Block, v: int) -> Any:
+            return take(wide, self.memory.views[self.packed + 1], column + integer(v * lanes))
+
+        return number, rest, vector, initial
+
+    def _ahead(self, b: Block, panel: Any, first: Any, k: Any) -> list[Any]:
+        """Ask for a line of the next panel in each step, so that it comes from memory while this one is used."""
+        p, form = self.product, self.form
+        if not p.packed or p.window:
+            return []
+        lines = -(-p.depth // p.dot.group) * form.width * p.dot.stored.itemsize * p.dot.group // LINE
+        per = LINE // 4 if p.dot.group > 1 else LINE // p.dot.stored.itemsize
+        tile = tirx.floordiv(first, integer(form.rows))
+        number = tirx.min(tile * integer(p.depth // p.dot.group) + k, integer(lines - 1))
+        at = (panel + integer(1)) * integer(lines * per) + number * integer(per)
+        return [prefetch(self.memory.views[self.packed], at)]
 
     def _number(self, one: Block, where: Any, k: Any, step: Any, count: int) -> Any:
         """What the left operand gives to step `k`: a float32 number, or a group of which `count` elements exist."""

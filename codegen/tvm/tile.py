@@ -47,10 +47,11 @@ class Tile:
             b.statements += [on_stack(r), assign(r, firsts[k % self.vectors])]
         return b.statements
 
-    def accumulate(self, depth: Any, number: Number, vector: Vector, spread: bool = True) -> Any:
-        """The loop that adds `depth` outer products of numbers and vectors."""
+    def accumulate(self, depth: Any, number: Number, vector: Vector, spread: bool = True,
+                   also: Callable[[Any], list[Any]] = lambda step: []) -> Any:  # fmt: skip
+        """The loop that adds `depth` outer products of numbers and vectors; `also` gives more to do in each step."""
         k = tirx.Var("k", "int64")
-        return serial(k, depth, self.step(number, vector, k, spread))
+        return serial(k, depth, [*also(k), *self.step(number, vector, k, spread)])
 
     def step(self, number: Number, vector: Vector, k: Any, spread: bool = True) -> list[Any]:
         """One outer product. Without `spread`, `number` gives one vector for each row, and the tile has one per row."""

@@ -164,6 +164,39 @@ def test_lengths_known_at_run_time(options: dict[str, Any], monkeypatch: pytest.
             torch.testing.assert_close(ours, net(*args))
 
 
+@pytest.mark.parametrize("queries", [1, 2, 4])
+def test_few_queries_split_the_keys(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_family, "MOST", 24)  # several runs, the last one not whole
+    q, k, v = operands(queries, 77, 32)
+    assert lowered(Attend(), (q, k, v))[0][0].schedule.name == "decode"
+    check(q, k, v)
+    check(q, k, v, torch.rand(queries, 77) < 0.7)
+    check(q, k, v, torch.randn(2, 1, 1, 77))
+    hidden = torch.ones(queries, 77, dtype=torch.bool)
+    hidden[:, :50] = False  # whole runs see no key
+    check(q * 200, k, v, hidden)
+    check(*(t.bfloat16() for t in (q, k, v)))
+    k[0, 0, 40, 3] = NAN
+    check(q, k, v)
+
+
+def test_grouped_heads_share_the_reading_of_keys() -> None:
+    q, k, v = torch.randn(2, 8, 1, 16), torch.randn(2, 2, 33, 16), torch.randn(2, 2, 33, 24)
+    assert lowered(Attend(enable_gqa=True), (q, k, v))[0][0].schedule.name == "decode"
+    check(q, k, v, enable_gqa=True)
+    check(q, k, v, torch.randn(2, 8, 1, 33), enable_gqa=True)
+
+
+def test_one_query_and_a_number_of_keys_known_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_family, "RUN", 16)
+    net, keys = Attend(), Dim("keys", min=2, max=200)
+    for kernel, order in lowered(net, operands(1, 21, 16), (None, {2: keys}, {2: keys})):
+        for n in (2, 16, 33, 100):
+            args = operands(1, n, 16)
+            (ours,) = run_kernel(kernel, [args[i] for i in order])
+            torch.testing.assert_close(ours, net(*args))
+
+
 def test_masked_lengths_known_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_family, "BLOCK", 16)
     net, length = Attend(), Dim("length", min=2, max=200)
