@@ -32,8 +32,11 @@ golden: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/passes --update-golden
 
 bench: $(VENV)/.bench
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[peers]"
 	$(BIN)/python bench/rows.py
+	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/zoo_speed.py
+	$(BIN)/python bench/peers.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"

@@ -63,7 +63,7 @@ def optimize(
         dynamic_shapes: as in `torch.export.export`.
         limit: stop after this many kept rewrites.
         level: ``fast`` measures nothing and takes the likeliest kernels; ``default`` measures candidates that are not
-            on record; ``max`` also tries schedules that rarely win.
+            on record; ``max`` takes five times as long over each region.
         budget: seconds of trying candidate kernels, after which the likeliest are taken.
         num_threads: threads of the result, whatever `torch.set_num_threads` says when it is called.
         progress: called with a short sentence at each step.
@@ -222,7 +222,7 @@ def make_tuner(level: str = "default", budget: float = 120.0) -> Tuner:
         raise InputError(f"level is {level!r}", next_step=f"choose one of {', '.join(LEVELS)}")
     records = Records(cache_folder() / "records")
     notes = [] if records.problem is None else [records.problem]
-    return Tuner(level, budget, records, notes=notes)
+    return Tuner(level, budget, records, each=0.5 if level == "max" else 0.1, notes=notes)
 
 
 def _compare_with_model(result: Executable, model: torch.nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],

@@ -86,6 +86,8 @@ def optimize(
     html: Annotated[Path | None, _out("write the report as a page", "--html")] = None,
     json_path: Annotated[Path | None, _out("write the report as JSON", "--json")] = None,
     limit: Annotated[int | None, typer.Option(min=0, help="stop after this many rewrites")] = None,
+    level: Annotated[str, typer.Option(help="fast measures nothing; default and max measure kernels")] = "default",
+    threads: Annotated[int | None, typer.Option(min=1, help="threads of the result")] = None,
     debug: Debug = False,
 ) -> None:
     """Optimize a model, print the report, and save the result."""
@@ -93,7 +95,8 @@ def optimize(
         model, args, kwargs = _example(spec)
         from . import api
 
-        fast = api.optimize(model, args, kwargs, target=target, passes=_names(passes), limit=limit, progress=say)
+        fast = api.optimize(model, args, kwargs, target=target, passes=_names(passes), limit=limit, level=level,
+                            num_threads=threads, progress=say)  # fmt: skip
         written = _write(fast.report, html, json_path)
         if out is not None:
             say("saving")

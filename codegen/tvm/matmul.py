@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from .tile import Tile, split
 from .values import Value
 
 LINE = 64  # bytes of a cache line
+SHORT_TAIL = 8  # vector instructions per element up to which the tail is unrolled with the tile
 STACK = 32768  # bytes of a packed panel that may lie in the frame of a task
 
 
@@ -213,8 +214,7 @@ class _Emitter:
         for tap, (count, _) in zip(reversed(taps), reversed(p.window), strict=True):
             body = serial(tap, integer(count), [body])
         loop = [*start, body]
-        stores = [s for i, w in enumerate(walks) for s in self._store(tile, i, [*self.digits, *w], column, valid)]
-        return [*b.statements, *loop, *stores]
+        return [*b.statements, *loop, *self._stores(tile, first, walks, column, valid)]
 
     def _operands(self, left: list[Any], panel: Any, column: Any, taps: list[Any]) -> tuple[Any, Any, Any, Any]:
         """What the inner loop reads: numbers of a step, of an incomplete last step, vectors, and where sums start."""
@@ -285,9 +285,35 @@ class _Emitter:
                 base = base + (digit if stride == 1 else digit * self.sizes.tir(stride))
         return base
 
-    def _store(self, tile: Tile, row: int, digits: list[Any], column: Any, valid: int) -> list[Any]:
-        """The fused tail of one row of a tile, and its stores."""
+    def _stores(self, tile: Tile, first: Any, walks: list[list[Any]], column: Any, valid: int) -> list[Any]:
+        """The fused tail of a tile. A long one is a loop over the rows, which keeps the code small."""
+        lanes = self.form.lanes
+        if max(o.value.cost for o in self.product.tail.outputs) <= SHORT_TAIL:
+
+            def own(row: int, b: Block, low: int) -> Any:
+                value, start = tile.value(row, low // lanes), low % lanes
+                if b.lanes == lanes:
+                    return value
+                return b.let(tirx.Shuffle([value], [tirx.IntImm("int32", start + i) for i in range(b.lanes)]))
+
+            return [s for i, w in enumerate(walks) for s in self._store(partial(own, i), w, column, valid)]
+        width, kind = tile.vectors * lanes, self.product.dot.accumulator
+        sums, b = tirx.decl_buffer((tile.rows * width,), kind, "sums", data_alignment=64), Block(lanes)
+        b.statements.append(on_stack(sums))
+        for i in range(tile.rows):
+            for v in range(tile.vectors):
+                put(b, sums, integer(i * width + v * lanes), tile.value(i, v))
+        row, inner = tirx.Var("row", "int64"), Block(1)
+        digits = self._row_digits(inner, first + row)
+        body = self._store(
+            lambda c, low: c.let(take(c, sums, row * integer(width) + integer(low))), digits, column, valid
+        )
+        return [*b.statements, serial(row, integer(tile.rows), [*inner.statements, *body])]
+
+    def _store(self, sums: Callable[[Block, int], Any], row: list[Any], column: Any, valid: int) -> list[Any]:
+        """The fused tail of one row; `sums` gives the accumulated lanes from a column of the tile on."""
         p, head, known = self.product, Block(1), dict[int, Any]()
+        digits = [*self.digits, *row]
 
         def bound(access: Access) -> Any:
             if id(access) not in known:
@@ -299,12 +325,9 @@ class _Emitter:
 
         lines = Row(head, self.memory, offsets, self.form.lanes, 1)
         wide: list[Any] = []
-        for low, lanes, lane in pieces(valid, self.form.lanes):
-            b, v = Block(lanes), low // self.form.lanes
-            value = tile.value(row, v)
-            if lanes < self.form.lanes:
-                value = b.let(tirx.Shuffle([value], [tirx.IntImm("int32", lane + i) for i in range(lanes)]))
-            memo = {p.tail.result: value}
+        for low, lanes in pieces(valid, self.form.lanes):
+            b = Block(lanes)
+            memo = {p.tail.result: sums(b, low)}
             for o in p.tail.outputs:
                 at = b.let(column + integer(low))
                 self.memory.store(b, o.access.buffer, bound(o.access) + at, lines.element(b, o.value, at, low, memo, 0))
@@ -312,13 +335,13 @@ class _Emitter:
         return [*head.statements, *wide]
 
 
-def pieces(valid: int, lanes: int) -> list[tuple[int, int, int]]:
-    """(first column, lanes, first lane in its vector) of the vectors, and parts of one, that cover `valid` columns."""
-    found = [(c, lanes, 0) for c in range(0, valid - lanes + 1, lanes)]
+def pieces(valid: int, lanes: int) -> list[tuple[int, int]]:
+    """(first column, lanes) of the vectors, and parts of one, that cover `valid` columns."""
+    found = [(c, lanes) for c in range(0, valid - lanes + 1, lanes)]
     column, width = valid // lanes * lanes, lanes // 2
     while column < valid:
         if column + width <= valid:
-            found.append((column, width, column % lanes))
+            found.append((column, width))
             column += width
         width //= 2
     return found

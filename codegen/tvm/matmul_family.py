@@ -8,6 +8,8 @@ accumulators, so the result is written once.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,7 @@ from .values import Unsupported, bound
 TILES = ((6, 4), (12, 2), (9, 3))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
 DEPTHWISE = ((8, 1), (4, 1), (14, 1))
 SMALL_TILES = ((4, 2), (6, 1))  # for 16 vector registers
+MOST = ((1, 9), (4_000_000, 1), (40_000_000, 3), (math.inf, 9))  # schedules by floating point operations; 0: unknown
 BLOCK_COLUMNS = 192  # of one task when rows are cut into blocks
 SERIAL_BELOW = 400_000  # floating point operations that are not worth a launch on several threads
 
@@ -81,7 +84,10 @@ class MatmulLowering:
         return self.product.flops or 0
 
     def space(self, target: Target) -> Iterable[Schedule]:
-        """Tile shapes and cuts of the work, the likelier first."""
+        """Tile shapes and cuts of the work, the likelier first; fewer for little work, where compiling costs more."""
+        return itertools.islice(self._all(target), next(most for flops, most in MOST if self.flops <= flops))
+
+    def _all(self, target: Target) -> Iterable[Schedule]:
         product, rows = self.product, self.product.rows
         seen = set()
         for height, vectors in _tiles(target, rows) if product.spread else DEPTHWISE:

@@ -99,7 +99,7 @@ def test_a_spent_budget_takes_the_likeliest() -> None:
     assert "the tuning budget is spent" in tuner.notes
 
 
-def fake_worker(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+def fake_worker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """A child that answers with `body`, whose variables are `request` and `answer`."""
     lines = "\n    ".join(body.splitlines())
     monkeypatch.setattr(workshop_module, "BOOT", f"""
@@ -111,6 +111,7 @@ for line in sys.stdin:
     {lines}
 """)  # fmt: skip
     own = Workshop()
+    request.addfinalizer(own.close)
     monkeypatch.setattr(tuner_module, "workshop", lambda: own)
 
 
@@ -123,9 +124,12 @@ GOOD = {"backend": "eager", "schedule": ["default", {"tuple": []}], "seconds": 1
     ("sys.exit(3)", "exit status 3"),
     ("time.sleep(60)", "took more than"),
 ])  # fmt: skip
-def test_a_bad_candidate_costs_itself_only(monkeypatch: pytest.MonkeyPatch, death: str, reason: str) -> None:
+def test_a_bad_candidate_costs_itself_only(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, death: str, reason: str
+) -> None:
     monkeypatch.setattr(tuner_module, "PATIENCE", 1.0)
     fake_worker(
+        request,
         monkeypatch,
         f"""if 'tvm bad' not in request['skip']:
     answer(trying='tvm good')
@@ -140,8 +144,10 @@ answer(trial={GOOD!r})""",
     assert time.monotonic() - start < 20
 
 
-def test_a_child_that_dies_while_timing_leaves_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_worker(monkeypatch, "answer(trying='timing')\nos.abort()")
+def test_a_child_that_dies_while_timing_leaves_eager(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_worker(request, monkeypatch, "answer(trying='timing')\nos.abort()")
     program, region, values, _ = first_region()
     trial = Tuner().choose(program, region, backends(program, HOST)[0], HOST, values)
     assert trial.backend == "eager" and "SIGABRT" in trial.refused["all"]
