@@ -20,6 +20,8 @@ from ..passes.program import Program
 from .base import Destination, Region
 from .select import Choice
 
+# operators that return views although their schema does not say so
+SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
 ALIGNMENT = 64  # bytes: a cache line and a vector register
 
 
@@ -102,6 +104,8 @@ def may_share(node: fx.Node) -> bool:
     """Whether the value of an operator may share memory with an argument: views, and what may return its argument."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
+        return True
+    if target._schema.name.split("::")[1] in SHARING:
         return True
     annotated = any(a.alias_info is not None for a in (*target._schema.arguments, *target._schema.returns))
     return annotated or torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from ..passes.program import Program
 from ..passes.text import describe, stable_text
 from ..targets.target import Target
 
@@ -49,6 +50,11 @@ class Region:
         head = [f"{names[node]} : {describe(node, strides=True)}" for node in self.inputs]
         body = stable_text(self.nodes, names, strides=True)
         return "\n".join([*head, *body, "return " + ", ".join(names[node] for node in self.outputs)])
+
+    def key(self, program: Program | None) -> str:
+        """`digest()` and which inputs are constant weights: what generated code depends on besides the target."""
+        constants = [k for k, n in enumerate(self.inputs) if program is not None and program.constant(n) is not None]
+        return f"{self.digest()}:{','.join(map(str, constants))}"
 
     def digest(self) -> str:
         """Content hash of `text()`: the key under which kernels and measurements are stored."""

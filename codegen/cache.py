@@ -165,7 +165,7 @@ class _Loader:
 
     def _compiled(self, region: Region, schedule: Schedule) -> Kernel | None:
         """Equal regions share one kernel, unless weights are baked into it."""
-        key = region.digest(), repr(schedule)
+        key = region.key(self.program), repr(schedule)
         if key in self._kernels:
             return replace(self._kernels[key])
         self.counts["recompilations"] = self.counts.get("recompilations", 0) + 1

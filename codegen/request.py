@@ -35,7 +35,9 @@ def encode_request(program: Program, region: Region, values: Sequence[Any], targ
         described.append({"shape": list(value.shape), "stride": list(value.stride()), "dtype": dtype})
     save_file(tensors, path)
     facts = dataclasses.asdict(target) | {"features": sorted(target.features)}
-    return {"program": encode_program(extract(program, region)), "values": described, "tensors": path, "target": facts}
+    kept = [any(user.op == "output" for user in n.users) for n in region.outputs]
+    inner = encode_program(extract(program, region))
+    return {"program": inner, "kept": kept, "values": described, "tensors": path, "target": facts}
 
 
 def decode_request(request: Json) -> tuple[Program, Region, list[Any], Target]:
@@ -56,7 +58,10 @@ def decode_request(request: Json) -> tuple[Program, Region, list[Any], Target]:
     program = decode_program(
         request["program"], weights, _spec(inputs, True), _spec(len(request["program"]["outputs"]))
     )
-    return program, Region.of(n for n in program.graph.nodes if n.op == "call_function"), values, target
+    region = Region.of(n for n in program.graph.nodes if n.op == "call_function")
+    for node, kept in zip(region.outputs, request["kept"], strict=True):
+        node.meta["kept"] = kept
+    return program, region, values, target
 
 
 def extract(program: Program, region: Region) -> Program:

@@ -25,7 +25,7 @@ from .weights import encode_tensors
 
 Json = Any
 # what exporting, loading and compiling kernels raise when tvm is missing, older, or cannot do it
-NO_KERNEL = (ImportError, OSError, RuntimeError, AttributeError, ValueError, LatheError)
+NO_KERNEL = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError, LatheError)
 
 
 def save(

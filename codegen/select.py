@@ -68,21 +68,35 @@ def select(
         for number, (region, done) in enumerate(zip(regions, dead, strict=True)):
             values = [env[n] for n in region.inputs]
             _note_layouts(region, values)
-            key = region.digest()
+            key = region.key(program)
             choice = _repeat(known[key], region, backends, target) if key in known else None
             if choice is None:
                 trial = tuner.choose(program, region, backends, target, values)
                 choice = known[key] = _made(trial, region, backends, target, values)
                 if progress and choice.kernel.backend != "eager":
                     progress(f"region {number + 1} of {len(regions)}: {choice.kernel.name} by {choice.kernel.backend}")
+            choice, results = _run(choice, region, target, values)
             choices.append(choice)
-            results = run_kernel(choice.kernel, values)
-            for node, value in zip(region.outputs, results, strict=True):
+            for position, (node, value) in enumerate(zip(region.outputs, results, strict=True)):
                 env[node] = value
                 _note_layouts_of(node, value)
+                _note_order_of(node, choice.kernel, position)
             for node in done:
                 env.pop(node, None)
     return choices
+
+
+def _run(choice: Choice, region: Region, target: Target, values: Sequence[Any]) -> tuple[Choice, list[Any]]:
+    """The choice with its results; eager instead if the kernel does not take these values."""
+    try:
+        return choice, run_kernel(choice.kernel, values)
+    except Exception as error:  # whatever a kernel raises costs this kernel only
+        if choice.kernel.backend == "eager":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        kernel = EagerBackend().lower(region, target, Schedule())
+        refused = choice.refused | {f"{choice.kernel.backend} {choice.kernel.schedule}": reason}
+        return Choice(region, kernel, choice.rivals, refused), run_kernel(kernel, values)
 
 
 def _made(trial: Trial, region: Region, backends: Sequence[Backend], target: Target, values: Sequence[Any]) -> Choice:
@@ -111,8 +125,11 @@ def _stored(backend: Backend, region: Region, target: Target, trial: Trial) -> K
     adopt = getattr(backend, "adopt", None)
     if found is None or adopt is None:
         return None
-    adopt(region, trial.schedule, *found)
-    return backend.lower(region, target, trial.schedule)
+    try:
+        adopt(region, trial.schedule, target, *found)
+        return backend.lower(region, target, trial.schedule)
+    except Exception:  # another system's library, or a folder that may not hold code: compile instead
+        return None
 
 
 def _named(name: str, backends: Sequence[Backend]) -> Backend:
@@ -134,6 +151,18 @@ def _repeat(before: Choice, region: Region, backends: Sequence[Backend], target:
 def _note_layouts(region: Region, values: Sequence[Any]) -> None:
     for node, value in zip(region.inputs, values, strict=True):
         _note_layouts_of(node, value)
+
+
+def _note_order_of(node: fx.Node, kernel: Kernel, position: int) -> None:
+    """The same where sizes are symbolic: what a kernel says about the memory of its results."""
+    fake, order = node.meta.get("val"), kernel.destinations[position].order if kernel.destinations else None
+    if order is None or not isinstance(fake, torch.Tensor):
+        return
+    if not any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride())):
+        return
+    node.meta.setdefault("traced", fake)
+    stored = fake.new_empty([fake.shape[d] for d in order])
+    node.meta["val"] = stored.permute([order.index(d) for d in range(fake.dim())])
 
 
 def _note_layouts_of(node: fx.Node, value: Any) -> None:

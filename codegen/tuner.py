@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,7 +14,6 @@ from typing import Any
 
 import torch
 
-from ..passes.errors import ArtefactError
 from ..passes.program import Program
 from ..targets.folder import cache_folder
 from ..targets.records import Records, key_of
@@ -53,10 +54,11 @@ class Tuner:
     def choose(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
                values: Sequence[Any]) -> Trial:  # fmt: skip
         """The trial of a region: recorded, held now, or guessed."""
-        key = self._key(region, backends, target)
+        key = self._key(program, region, backends, target)
         stored = None if self.level == "fast" else self.records.get(key)
         if stored is not None:
-            return decode_trial(stored)
+            with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):  # else: not one of ours
+                return decode_trial(stored)
         if self.level == "fast" or self._spent >= self.budget:
             if self.level != "fast" and "the tuning budget is spent" not in self.notes:
                 self.notes.append("the tuning budget is spent")
@@ -66,15 +68,17 @@ class Tuner:
         trial = self._hold(program, region, backends, target, values)
         self._spent += time.perf_counter() - start
         self.measured += 1
-        self.records.add({key: encode_trial(trial)})
+        if trial.seconds is not None:  # what failed as a whole may work the next time
+            self.records.add({key: encode_trial(trial)})
         return trial
 
-    def _key(self, region: Region, backends: Sequence[Backend], target: Target) -> str:
+    def _key(self, program: Program, region: Region, backends: Sequence[Backend], target: Target) -> str:
         names = [b.name for b in backends]
         return key_of(
             "trial",
             fingerprint(target),
-            region.digest(),
+            region.key(program),
+            self.each,
             names,
             versions(),
             fingerprint_of_code(),
@@ -89,11 +93,11 @@ class Tuner:
         if not self.isolated or not offers:
             return hold(region, backends, target, values, self.each)
         skip: dict[str, str] = {}
-        with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+        with tempfile.TemporaryDirectory(dir=_memory_folder(values)) as folder:
             try:
                 request = encode_request(program, region, values, target, f"{folder}/values")
-            except (ArtefactError, ValueError, TypeError, RuntimeError) as reason:
-                self.notes.append(f"tried in this process: {str(reason).splitlines()[0]}")
+            except Exception as reason:  # no stored form, or no room for the values
+                self.notes.append(f"tried in this process: {(str(reason).splitlines() or [''])[0]}")
                 return hold(region, backends, target, values, self.each)
             request |= {"budget": self.each, "threads": torch.get_num_threads(), "folder": str(cache_folder())}
             while len(skip) < 8:
@@ -102,12 +106,18 @@ class Tuner:
                     trial = decode_trial(answer["trial"])
                     trial.refused |= skip
                     return trial
-                if answer.get("trying", "timing") == "timing":
+                if answer["trying"] == "start":
+                    self.notes.append(f"tried in this process, since the child process failed: {answer['failed']}")
+                    return hold(region, backends, target, values, self.each)
+                if answer["trying"] == "timing":
                     return Trial(refused={**skip, "all": answer["failed"]})
                 skip[answer["trying"]] = answer["failed"]
         return Trial(refused=skip)
 
 
-def _memory_folder() -> str | None:
-    folder = Path("/dev/shm")  # values need not touch a disk
-    return str(folder) if os.access(folder, os.W_OK) else None
+def _memory_folder(values: Sequence[Any]) -> str | None:
+    """A folder in memory if the values fit there: they need not touch a disk."""
+    folder = Path("/dev/shm")
+    needed = sum(v.numel() * v.element_size() for v in values if isinstance(v, torch.Tensor))
+    fits = os.access(folder, os.W_OK) and shutil.disk_usage(folder).free > 2 * needed
+    return str(folder) if fits else None

@@ -6,8 +6,6 @@ given: ``{"trying": label}`` before each candidate, and ``{"trial": ...}`` or ``
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -27,7 +25,7 @@ from .trial import Trial, encode_trial, hold
 
 Json = Any
 IDLE = 60.0  # seconds without a request after which the process ends
-PR_SET_PDEATHSIG = 1  # prctl(2)
+ALARM = 180  # seconds that one candidate may take when the parent is gone
 
 
 def main(descriptor: int, memory: int) -> None:
@@ -37,9 +35,8 @@ def main(descriptor: int, memory: int) -> None:
         descriptor: where answers go.
         memory: bytes that this process may allocate.
     """
-    resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    with contextlib.suppress(OSError, AttributeError):  # end with the parent, also in the middle of an endless loop
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard < 0 else min(memory, hard), hard))
     with os.fdopen(descriptor, "w", buffering=1) as answers:
         while select.select([sys.stdin], [], [], IDLE)[0] and (line := sys.stdin.readline()):
             _serve(json.loads(line), lambda answer: print(json.dumps(answer), file=answers))
@@ -53,11 +50,18 @@ def _serve(request: Json, answer: Any) -> None:
         rivals, _ = backends(program, target)
         with torch.no_grad():
             trial = hold(region, rivals, target, values, request["budget"], skip=request["skip"],
-                         tell=lambda label: answer({"trying": label}))  # fmt: skip
+                         tell=lambda label: _begin(label, answer))  # fmt: skip
         trial.library = _stored(trial)
+        signal.alarm(0)
         answer({"trial": encode_trial(trial)})
     except Exception as error:  # the parent falls back to eager for this region
         answer({"failed": f"{type(error).__name__}: {error}"})
+
+
+def _begin(label: str, answer: Any) -> None:
+    """Say what is tried next, and let the system end this process if it takes for ever and nobody is watching."""
+    signal.alarm(ALARM)
+    answer({"trying": label})
 
 
 def _stored(trial: Trial) -> str | None:
@@ -70,5 +74,5 @@ def _stored(trial: Trial) -> str | None:
         try:
             kernel.library(str(path))
             return keep(path.read_bytes(), kernel.source)
-        except (OSError, RuntimeError):
-            return None  # no linker: the parent compiles
+        except Exception:  # no compiler to link with, or none that works: the parent compiles
+            return None

@@ -63,6 +63,8 @@ class Workshop:
         with which candidate."""
         with self._lock:
             if self._child is None or not self._child.alive:
+                if self._child is not None:
+                    self._child.end()
                 self._child = _Child()
             return self._child.ask(request, patience)
 
@@ -86,7 +88,7 @@ class _Child:
     @property
     def alive(self) -> bool:
         """Whether it can take a request."""
-        return self.process.poll() is None
+        return self.answers >= 0 and self.process.poll() is None
 
     def ask(self, request: Json, patience: float) -> Json:
         """The answer; where the child crashes or hangs, it is ended and the answer says with which candidate."""
@@ -104,6 +106,9 @@ class _Child:
             reason = f"took more than {patience:.0f} s"
         except (OSError, EOFError, ValueError):
             reason = f"ended the process ({_ending(self.process)})"
+        except BaseException:  # its answer would be taken for that of the next request
+            self.end()
+            raise
         self.end()
         return {"failed": reason, "trying": trying}
 
@@ -122,12 +127,16 @@ class _Child:
 
     def end(self) -> None:
         """End the process and what it may have started."""
-        with contextlib.suppress(OSError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.answers < 0:
+            return
+        if self.process.poll() is None:
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
             self.process.wait(5)
         with contextlib.suppress(OSError):
             os.close(self.answers)
+        self.answers = -1
         if self.process.stdin is not None:
             with contextlib.suppress(OSError):
                 self.process.stdin.close()

@@ -231,7 +231,8 @@ def _compare_with_model(result: Executable, model: torch.nn.Module, args: Sequen
     tell("compare with the original model")
     report = result.report
     kernels = [f"{c.kernel.backend} {c.kernel.schedule}" for c in result.choices]
-    what = (find_target("cpu"), [type(model).__qualname__, report.graph_before], [report.graph_after, kernels])
+    ours = [report.graph_after, kernels, result.num_threads]
+    what = (find_target("cpu"), [type(model).__qualname__, report.graph_before], ours)
     with torch.no_grad():
         seen = Judge((), (), records=records).compare(
             what, lambda: lambda: model(*args, **kwargs), lambda: lambda: result(*args, **kwargs), budget=1.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -93,8 +94,9 @@ class Judge:
         )
         stored = self.records.get(key)
         if stored is not None:
-            first, second = (Timing(*stored[side]) for side in ("a", "b"))
-            return Comparison(first, second, *stored["ratio"])
+            with contextlib.suppress(KeyError, ValueError, TypeError):  # else: not one of ours
+                first, second = (Timing(*stored[side]) for side in ("a", "b"))
+                return Comparison(first, second, *stored["ratio"])
         seen = compare(a(), b(), budget=budget or self.budget)
         sides = {k: [t.median, t.minimum, t.spread, t.rounds] for k, t in (("a", seen.a), ("b", seen.b))}
         self.records.add({key: {**sides, "ratio": [seen.ratio, seen.low, seen.high]}})

@@ -134,7 +134,7 @@ class Records:
             with self._locked():
                 data = path.read_bytes()
                 good, bad = _parse(data)
-                if not bad:
+                if not bad and (not data or data.endswith(b"\n")):
                     return  # another process was faster
                 aside = tempfile.NamedTemporaryFile(prefix=f"{NAME}.damaged-", dir=self.folder, delete=False)  # noqa: SIM115
                 with aside:
@@ -150,7 +150,8 @@ class Records:
             return
         self._known.update(good)
         self._read = (path.stat().st_ino, path.stat().st_size)
-        warnings.warn(f"{bad} damaged lines in {path}: the log was set aside as {Path(aside.name).name} and rebuilt",
+        kept = Path(aside.name).name
+        warnings.warn(f"{max(bad, 1)} damaged lines in {path}: the log was set aside as {kept} and rebuilt",
                       stacklevel=4)  # fmt: skip
 
 

@@ -41,6 +41,8 @@ def reason_against(p: Attention, lanes: int) -> str | None:
         return "more queries than fit the registers"
     if p.causal:
         return "causal"
+    if p.heads["value"][-1][1] != p.group:
+        return "keys and values with different numbers of heads"
     if p.features % lanes or p.value_features % lanes or max(p.features, p.value_features) > 8 * lanes:
         return "features that do not fill vectors"
     if any(p.steps[n][1] != 1 for n in ("query", "key", "value")):

@@ -14,7 +14,7 @@ from torch import fx
 
 from ...passes.errors import LowerError
 from ...passes.program import Program
-from ...targets.target import Target
+from ...targets.target import Target, fingerprint
 from ..base import Destination, Extent, Kernel, Region, Schedule
 from . import build
 from .attention_family import AttentionFamily
@@ -120,7 +120,7 @@ class TvmBackend:
         try:
             plan = self._plan(region, target)
             name = self._named(region)
-            key = region.digest(), str(schedule)
+            key = self._key(region, schedule, target)
             if key not in self._compiled:
                 func = plan.function(name, schedule, target)
                 module = build.compile_function(func, build.host(target))
@@ -136,11 +136,15 @@ class TvmBackend:
             bytes=sum(_bytes(t) for t in plan.tensors),
         )  # fmt: skip
 
-    def adopt(self, region: Region, schedule: Schedule, library: Path, source: str) -> None:
+    def _key(self, region: Region, schedule: Schedule, target: Target) -> tuple[str, str]:
+        return region.key(self.program), f"{schedule} {fingerprint(target)}"
+
+    def adopt(self, region: Region, schedule: Schedule, target: Target, library: Path, source: str) -> None:
         """Let `lower` take the code of this region and schedule from a library instead of compiling it."""
         module = build.load_module(str(library))
         name = self._named(region)
-        self._compiled[region.digest(), str(schedule)] = _Stored(module, library), build.entry(module, name), source
+        code = _Stored(module, library), build.entry(module, name), source
+        self._compiled[self._key(region, schedule, target)] = code
 
     def constants(self, region: Region, target: Target, schedule: Schedule) -> tuple[torch.Tensor, ...]:
         """The tensors that a kernel of this region and schedule takes after its inputs."""

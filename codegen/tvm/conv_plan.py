@@ -23,7 +23,7 @@ ORDER = (0, 2, 3, 1)  # images, rows, columns, channels
 ZERO = sympy.Integer(0)
 
 
-def plan(region: Region, program: Program | None) -> Product:
+def plan(region: Region, program: Program | None, lanes: int) -> Product:
     """The convolution of a region. Raises Unsupported with the reason."""
     roots = [n for n in region.nodes if name_of(n) in CONVOLUTIONS]
     if len(roots) != 1:
@@ -49,7 +49,7 @@ def plan(region: Region, program: Program | None) -> Product:
     steps = [expression(s) for s in own.stride()]
     walk = Access(region.inputs.index(image), [steps[0], steps[2], steps[3], ZERO], ZERO)
     channel = steps[1]
-    if any((*before, *after)) or (depthwise and channel != 1):
+    if any((*before, *after)) or (depthwise and (channel != 1 or columns % lanes)):
         border = _border(walk, channel, own, before, after)
         rows, across, deep = border.padded
         walk = Access(-1, [sympy.Integer(n) for n in (rows * across * deep, across * deep, deep)] + [ZERO], ZERO)

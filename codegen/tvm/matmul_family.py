@@ -62,7 +62,7 @@ class ConvFamily:
 
     def plan(self, region: Region, program: Program | None, target: Target) -> MatmulLowering:
         """The convolution as a product. Raises Unsupported."""
-        return MatmulLowering(conv_plan.plan(region, program), program, conv_plan.ORDER)
+        return MatmulLowering(conv_plan.plan(region, program, lanes_of(target)), program, conv_plan.ORDER)
 
 
 @dataclass

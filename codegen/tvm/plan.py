@@ -115,7 +115,7 @@ def result_of(node: fx.Node) -> torch.Tensor:
     if contiguous(value):
         return value
     symbolic = any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
-    if symbolic or any(user.op == "output" for user in node.users):
+    if symbolic or node.meta.get("kept", any(user.op == "output" for user in node.users)):
         raise Unsupported(f"the output {node.name} is not contiguous")
     return value.new_empty(value.shape)
 

@@ -85,6 +85,16 @@ def test_views_keep_their_memory() -> None:
     torch.testing.assert_close(compiled(model, (x,))(x), model(x))
 
 
+@pytest.mark.parametrize(("operator", "shares"), [
+    (torch.ops.aten.view.default, True), (torch.ops.aten._unsafe_view.default, True),
+    (torch.ops.aten.unsafe_split.Tensor, True), (torch.ops.aten.dropout.default, True),
+    (torch.ops.aten.add.Tensor, False), (torch.ops.aten.clone.default, False),
+], ids=str)  # fmt: skip
+def test_operators_that_may_share_memory_are_known(operator: Any, shares: bool) -> None:
+    node = torch.fx.Graph().create_node("call_function", operator)
+    assert arena.may_share(node) is shares
+
+
 def test_calls_at_the_same_time_have_memory_of_their_own() -> None:
     model = Residual()
     inputs = [torch.randn(16, 32) for _ in range(4)]

@@ -249,3 +249,42 @@ def test_the_door_with_written_inputs_that_share_memory():
         for _ in range(2):
             base, twin = torch.zeros(4, 8), torch.zeros(4, 8)
             assert torch.equal(compiled(base, base.view(32)), write(twin, twin.view(32)))
+
+
+class TwoConvolutions(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return torch.relu(self.second(self.first(x)))
+
+
+@torch.no_grad()
+def test_a_batch_known_at_run_time_through_kernels_that_change_the_layout():
+    model = TwoConvolutions().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    fast = torchlathe.optimize(model, (torch.randn(3, 8, 12, 12),), dynamic_shapes=({0: batch},))
+    for n in (2, 3, 7):
+        x = torch.randn(n, 8, 12, 12)
+        torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
+        assert fast(x).is_contiguous()
+
+
+class KnownAndGivenWeight(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x, weight):
+        return F.linear(x, self.weight), F.linear(x, weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", ["fast", "default"])
+def test_a_constant_weight_and_a_given_one_of_the_same_size(level):
+    model = KnownAndGivenWeight().eval()
+    x, weight = torch.randn(256, 64), torch.randn(64, 64)
+    fast = torchlathe.optimize(model, (x, weight), level=level)
+    for ours, wanted in zip(fast(x, weight + 1), model(x, weight + 1), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-4, rtol=1e-4)

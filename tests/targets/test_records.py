@@ -57,7 +57,7 @@ def test_what_was_added_survives_a_killed_process(tmp_path: Path) -> None:
     assert Records(tmp_path).get("a") == 1
 
 
-@pytest.mark.parametrize("damage", ["flipped", "torn", "binary", "foreign"])
+@pytest.mark.parametrize("damage", ["flipped", "torn", "unended", "binary", "foreign"])
 def test_a_damaged_log_is_set_aside_and_rebuilt(tmp_path: Path, damage: str) -> None:
     Records(tmp_path).add({"a": 1, "b": 2, "c": 3})
     path = tmp_path / NAME
@@ -66,6 +66,7 @@ def test_a_damaged_log_is_set_aside_and_rebuilt(tmp_path: Path, damage: str) -> 
     path.write_bytes({
         "flipped": data[: second + 10] + bytes([data[second + 10] ^ 1]) + data[second + 11 :],
         "torn": data[: data.rindex(b'"c"') + 5],
+        "unended": data[:-1],
         "binary": b"\x00\xff\n" + data,
         "foreign": b'00000000 {"key": 1}\n' + data,
     }[damage])  # fmt: skip
