@@ -134,13 +134,14 @@ def test_missing_import_in_the_users_code(call, stub, spec):
 
 def test_options_are_passed_on(call, stub):
     result = call("optimize", "nets.py:named", "--target", "x86-64-v3", "--passes", "a, b", "--limit", "2",
-                  "--out", "x.lathe", "--html", "x.html", "--json", "x.json")  # fmt: skip
+                  "--level", "fast", "--threads", "1", "--out", "x.lathe", "--html", "x.html", "--json", "x.json")  # fmt: skip
     assert result.exit_code == 0, result.output
     ((_, args, kwargs, rest),) = stub
     assert torch.equal(args[0], torch.ones(3)) and kwargs["by"].tolist() == [2.0] * 3
     progress = rest.pop("progress")
     assert callable(progress)
-    assert rest == {"target": "x86-64-v3", "passes": ["a", "b"], "limit": 2}
+    wanted = {"target": "x86-64-v3", "passes": ["a", "b"], "limit": 2, "level": "fast", "num_threads": 1}
+    assert rest == wanted
     assert "capture [now]" in result.output
     assert Path("x.lathe").read_bytes() == b"saved"
     assert Path("x.html").read_text().startswith("<!DOCTYPE html>")
