@@ -136,7 +136,7 @@ def grid(seconds: float, tail: bool = False) -> list[str]:
 
 
 def peak(seconds: float) -> list[str]:
-    """Share of the machine's peak, measured in the same run by a loop of independent multiply-adds."""
+    """Rates of one product, and their share of the peak rate that the target row of this host holds."""
     top = targets.get("cpu").flops["float32"]
     lines = [f"| rows x 768 x 768 | ours, GFLOP/s | share of {top / 1e9:.0f} |", "|---|---|---|"]
     for m in (128, 197, 512, 1576):
@@ -191,7 +191,7 @@ def bf16(seconds: float) -> list[str]:
 
 
 def attention(seconds: float) -> list[str]:
-    """Attention of 8 heads of 64 features, against torch's; scratch memory by the kernel's own sizes."""
+    """Attention of 8 heads of 64 features, against torch's."""
     lines = ["| tokens | ours | torch | torch / ours |", "|---|---|---|---|"]
     for tokens in (197, 256, 512, 1024, 2048):
         q, k, v = torch.randn(1, tokens, 3, 8, 64).permute(2, 0, 3, 1, 4).unbind(0)

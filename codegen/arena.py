@@ -9,6 +9,7 @@ a plan by replaying it, and shares no code with `plan`.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,10 +69,7 @@ def plan(program: Program, choices: Sequence[Choice]) -> list[Slot]:
 
 
 def _bytes(d: Destination) -> int:
-    count = d.dtype.itemsize
-    for e in d.shape:
-        assert isinstance(e, int)
-        count *= e
+    count = d.dtype.itemsize * math.prod(e for e in d.shape if isinstance(e, int))
     return max(ALIGNMENT, -(-count // ALIGNMENT) * ALIGNMENT)
 
 
@@ -161,8 +159,5 @@ class Arenas:
 
 def _view(memory: torch.Tensor, d: Destination) -> torch.Tensor:
     sizes = [e for e in d.stored() if isinstance(e, int)]
-    count = 1
-    for n in sizes:
-        count *= n
-    flat = memory.view(d.dtype)[:count].view(sizes)
+    flat = memory.view(d.dtype)[: math.prod(sizes)].view(sizes)
     return flat if d.order is None else flat.permute(d.seen())

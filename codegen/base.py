@@ -99,6 +99,12 @@ class Destination:
         return tuple(list(order).index(d) for d in range(len(self.shape)))
 
 
+def in_memory(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """A fake tensor like `value` whose dimensions lie in memory in this order, without gaps."""
+    stored = value.new_empty([value.shape[d] for d in order])
+    return stored.permute([order.index(d) for d in range(value.dim())])
+
+
 @dataclass
 class Kernel:
     """One launch.

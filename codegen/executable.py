@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..passes.errors import InputError
 from ..passes.program import Program
 from .arena import Arenas, plan, verify
+from .base import Destination
 from .guards import guard_source
 from .save import save
 from .select import Choice
@@ -285,19 +286,18 @@ def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapp
         made.append(names[node])
     inputs = [names[n] for n in region.inputs] + [source.bind(c, "w") for c in kernel.constants]
     if kernel.destinations is not None:
-        _emit_buffers(source, choice, made, names)
+        fresh = [(names[n], d) for n, d in zip(region.outputs, kernel.destinations, strict=True) if n not in block]
+        _emit_buffers(source, fresh, region.inputs, names)
         source.lines.append(f"{source.bind(kernel.call, 'kernel')}({', '.join([*inputs, *made])})")
     else:
         source.lines.append(f"{', '.join(made)} = {source.bind(kernel.call, 'kernel')}({', '.join(inputs)})")
 
 
-def _emit_buffers(source: Source, choice: Choice, made: Sequence[str], names: Mapping[fx.Node, str]) -> None:
+def _emit_buffers(source: Source, fresh: Sequence[tuple[str, Destination]], inputs: Sequence[fx.Node],
+                  names: Mapping[fx.Node, str]) -> None:  # fmt: skip
     """Allocate the results that are not in the arena."""
-    inputs = choice.region.inputs
     empty = source.bind(torch.empty, "empty")
-    for name, destination in zip(made, choice.kernel.destinations or (), strict=True):
-        if name.startswith("b"):
-            continue
+    for name, destination in fresh:
         extents = [
             str(e) if isinstance(e, int) else f"{names[inputs[e[0]]]}.shape[{e[1]}]" for e in destination.stored()
         ]

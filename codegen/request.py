@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from ..passes.program import Program
 from ..targets.target import Target
 from .base import Region
-from .graph_json import DTYPES, decode_program, decode_value, encode_program, encode_value
+from .graph_json import decode_program, decode_value, encode_program, encode_value
 
 Json = Any
 
@@ -31,8 +31,7 @@ def encode_request(program: Program, region: Region, values: Sequence[Any], targ
             described.append({"plain": encode_value(value)})
             continue
         tensors[str(k)] = _span(value)
-        dtype = str(value.dtype).removeprefix("torch.")
-        described.append({"shape": list(value.shape), "stride": list(value.stride()), "dtype": dtype})
+        described.append({"shape": list(value.shape), "stride": list(value.stride())})
     save_file(tensors, path)
     facts = dataclasses.asdict(target) | {"features": sorted(target.features)}
     kept = [any(user.op == "output" for user in n.users) for n in region.outputs]
@@ -48,8 +47,7 @@ def decode_request(request: Json) -> tuple[Program, Region, list[Any], Target]:
         if "plain" in d:
             values.append(decode_value(d["plain"]))
         else:
-            flat = stored[str(k)].view(DTYPES[d["dtype"]])
-            values.append(flat.as_strided(d["shape"], d["stride"]))
+            values.append(stored[str(k)].as_strided(d["shape"], d["stride"]))
     facts = {k: tuple(v) if isinstance(v, list) else v for k, v in request["target"].items()}
     target = Target(**(facts | {"features": frozenset(facts["features"])}))
     nodes = request["program"]["nodes"]
@@ -91,6 +89,6 @@ def _spec(leaves: int, call: bool = False) -> pytree.TreeSpec:
 
 
 def _span(value: torch.Tensor) -> torch.Tensor:
-    """The memory from a tensor's first to its last element, as one row (bool as bytes: safetensors shares no views)."""
+    """The memory from a tensor's first to its last element, as one row of its own."""
     last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else -1
     return value.detach().as_strided((last + 1,), (1,), value.storage_offset()).clone()

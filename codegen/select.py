@@ -12,7 +12,7 @@ from torch import fx
 from ..passes.program import Program
 from ..passes.verify import difference
 from ..targets.target import Target
-from .base import Backend, Kernel, Region, Schedule
+from .base import Backend, Kernel, Region, Schedule, in_memory
 from .eager import EagerBackend
 from .source import releases
 from .store import kept
@@ -161,8 +161,7 @@ def _note_order_of(node: fx.Node, kernel: Kernel, position: int) -> None:
     if not any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride())):
         return
     node.meta.setdefault("traced", fake)
-    stored = fake.new_empty([fake.shape[d] for d in order])
-    node.meta["val"] = stored.permute([order.index(d) for d in range(fake.dim())])
+    node.meta["val"] = in_memory(fake, order)
 
 
 def _note_layouts_of(node: fx.Node, value: Any) -> None:

@@ -17,7 +17,7 @@ from .graph_json import decode_value, encode_value
 
 Json = Any
 GAIN = 0.97  # a rival must need less than this share of eager's time: a tie goes to the referee
-CHECKS = "eager"  # the label of the referee
+REFEREE = "eager"  # the label of what all others must agree with
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Trial:
         library: name of its compiled code in the store of kernels, None if it is not there.
     """
 
-    backend: str = CHECKS
+    backend: str = REFEREE
     schedule: Schedule = field(default_factory=Schedule)
     seconds: float | None = None
     rivals: dict[str, float] = field(default_factory=dict)
@@ -65,13 +65,13 @@ def hold(
     calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
     tell("timing")
     if len(calls) == 1:
-        seconds = time_calls(calls[CHECKS], budget=0.01, warmup=1, min_rounds=3).median
-        return Trial(seconds=seconds, refused=refused, kernel=kernels[CHECKS])
+        seconds = time_calls(calls[REFEREE], budget=0.01, warmup=1, min_rounds=3).median
+        return Trial(seconds=seconds, refused=refused, kernel=kernels[REFEREE])
     rivals = {name: timing.median for name, timing in compare_many(calls, budget=budget).items()}
     best = min(rivals, key=rivals.__getitem__)
-    if best != CHECKS and rivals[best] > GAIN * rivals[CHECKS]:
+    if best != REFEREE and rivals[best] > GAIN * rivals[REFEREE]:
         refused[best] = "not measurably faster than eager"
-        best = CHECKS
+        best = REFEREE
     kernel = kernels[best]
     return Trial(kernel.backend, kernel.schedule, rivals[best], rivals, refused, kernel)
 
@@ -106,7 +106,7 @@ def _candidates(
 ) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
     """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more."""
     referee = EagerBackend().lower(region, target, Schedule())
-    kernels, refused = {CHECKS: referee}, dict[str, str]()
+    kernels, refused = {REFEREE: referee}, dict[str, str]()
     wanted: list[Any] | None = None
     for backend in backends:
         if reason := backend.supports(region, target):

@@ -20,7 +20,7 @@ from ..targets.records import Records, key_of
 from ..targets.target import Target, fingerprint
 from .base import Backend, Region
 from .request import encode_request
-from .trial import Trial, decode_trial, encode_trial, guess, hold
+from .trial import REFEREE, Trial, decode_trial, encode_trial, guess, hold
 from .versions import fingerprint_of_code, versions
 from .workshop import workshop
 
@@ -87,10 +87,8 @@ class Tuner:
 
     def _hold(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
               values: Sequence[Any]) -> Trial:  # fmt: skip
-        offers = any(
-            b.supports(region, target) is None and any(True for _ in b.space(region, target)) for b in backends
-        )
-        if not self.isolated or not offers:
+        isolated = self.isolated and workshop().possible
+        if not isolated or guess(region, backends, target)[0].name == REFEREE:
             return hold(region, backends, target, values, self.each)
         skip: dict[str, str] = {}
         with tempfile.TemporaryDirectory(dir=_memory_folder(values)) as folder:

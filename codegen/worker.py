@@ -52,10 +52,11 @@ def _serve(request: Json, answer: Any) -> None:
             trial = hold(region, rivals, target, values, request["budget"], skip=request["skip"],
                          tell=lambda label: _begin(label, answer))  # fmt: skip
         trial.library = _stored(trial)
-        signal.alarm(0)
         answer({"trial": encode_trial(trial)})
     except Exception as error:  # the parent falls back to eager for this region
         answer({"failed": f"{type(error).__name__}: {error}"})
+    finally:
+        signal.alarm(0)
 
 
 def _begin(label: str, answer: Any) -> None:

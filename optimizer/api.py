@@ -24,7 +24,7 @@ from ..passes.program import Program
 from ..targets.folder import cache_folder
 from ..targets.records import Records
 from ..targets.target import Target
-from .judge import Judge, lower_and_judge
+from .judge import Judge, lower_and_judge, recorded
 from .kernels import kernel_rows
 from .pipeline import PASSES, run_passes
 from .quality import Quality, agreement
@@ -234,8 +234,8 @@ def _compare_with_model(result: Executable, model: torch.nn.Module, args: Sequen
     ours = [report.graph_after, kernels, result.num_threads]
     what = (find_target("cpu"), [type(model).__qualname__, report.graph_before], ours)
     with torch.no_grad():
-        seen = Judge((), (), records=records).compare(
-            what, lambda: lambda: model(*args, **kwargs), lambda: lambda: result(*args, **kwargs), budget=1.5
+        seen = recorded(
+            records, what, 1.5, lambda: lambda: model(*args, **kwargs), lambda: lambda: result(*args, **kwargs)
         )
     report.eager_seconds, report.seconds = seen.a.median, seen.b.median
     report.ratio, report.ratio_low, report.ratio_high = 1 / seen.ratio, 1 / seen.high, 1 / seen.low

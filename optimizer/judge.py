@@ -60,11 +60,10 @@ class Judge:
             return replace(step, reason=error.what)
         if not self.timed or _calls(before) == _calls(after):
             return replace(step, kept=True)
-        seen = self.compare(
-            (ctx.target, before.text(), after.text()),
-            lambda: self._call(trial(before, ctx.target)),
-            lambda: self._call(trial(after, ctx.target)),
-        )
+        seen = recorded(
+            self.records, (ctx.target, before.text(), after.text()), self.budget,
+            lambda: self._call(trial(before, ctx.target)), lambda: self._call(trial(after, ctx.target)),
+        )  # fmt: skip
         return self._verdict(seen, step, rewrite.fidelity)
 
     def decide_lowering(self, plain: Executable, lowered: Executable, target: Target, step: Step) -> Step:
@@ -78,29 +77,8 @@ class Judge:
             return replace(step, kept=True)
         kernels = [f"{c.kernel.backend} {c.kernel.schedule}" for c in lowered.choices]
         what = target, plain.program.text(), kernels
-        seen = self.compare(what, lambda: self._call(plain), lambda: self._call(lowered))
+        seen = recorded(self.records, what, self.budget, lambda: self._call(plain), lambda: self._call(lowered))
         return self._verdict(seen, step, Fidelity.EXACT)
-
-    def compare(self, what: tuple[Target, Any, Any], a: Make, b: Make, budget: float | None = None) -> Comparison:
-        """The comparison of two callables, from the records if they were compared before.
-
-        Args:
-            what: the target, and plain values that say what `a` and `b` compute.
-            a: makes the first callable, and is not called if the comparison is on record.
-            b: makes the second one.
-        """
-        key = key_of(
-            "compare", fingerprint(what[0]), *what[1:], versions(), fingerprint_of_code(), torch.get_num_threads()
-        )
-        stored = self.records.get(key)
-        if stored is not None:
-            with contextlib.suppress(KeyError, ValueError, TypeError):  # else: not one of ours
-                first, second = (Timing(*stored[side]) for side in ("a", "b"))
-                return Comparison(first, second, *stored["ratio"])
-        seen = compare(a(), b(), budget=budget or self.budget)
-        sides = {k: [t.median, t.minimum, t.spread, t.rounds] for k, t in (("a", seen.a), ("b", seen.b))}
-        self.records.add({key: {**sides, "ratio": [seen.ratio, seen.low, seen.high]}})
-        return seen
 
     def _call(self, executable: Executable) -> Callable[[], Any]:
         return lambda: executable.measured(self.inputs)
@@ -116,6 +94,27 @@ class Judge:
         if seen.slower or (fidelity is Fidelity.LOSSY and not seen.faster):
             return replace(step, reason="measurably slower" if seen.slower else "not measurably faster")
         return replace(step, kept=True)
+
+
+def recorded(records: Records, what: tuple[Target, Any, Any], budget: float, a: Make, b: Make) -> Comparison:
+    """The comparison of two callables, from the records if they were compared before.
+
+    Args:
+        what: the target, and plain values that say what `a` and `b` compute.
+        budget: seconds of interleaved timing.
+        a: makes the first callable, and is not called if the comparison is on record.
+        b: makes the second one.
+    """
+    key = key_of("compare", fingerprint(what[0]), *what[1:], versions(), fingerprint_of_code(), torch.get_num_threads())
+    stored = records.get(key)
+    if stored is not None:
+        with contextlib.suppress(KeyError, ValueError, TypeError):  # else: not one of ours
+            first, second = (Timing(*stored[side]) for side in ("a", "b"))
+            return Comparison(first, second, *stored["ratio"])
+    seen = compare(a(), b(), budget=budget)
+    sides = {k: [t.median, t.minimum, t.spread, t.rounds] for k, t in (("a", seen.a), ("b", seen.b))}
+    records.add({key: {**sides, "ratio": [seen.ratio, seen.low, seen.high]}})
+    return seen
 
 
 def lower_and_judge(

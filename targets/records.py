@@ -22,6 +22,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from .folder import private_folder
+
 LOCK_SECONDS = 10.0  # to wait for another process; a batch takes milliseconds
 NAME = "measurements.jsonl"
 
@@ -55,12 +57,8 @@ class Records:
         if self.folder is None:
             self.problem = "records are kept in memory only"
             return
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise PermissionError(f"{self.folder} cannot be written")
-        except OSError as error:
-            self.problem = f"measurements are not recorded: {error}"
+        if private_folder(self.folder) is None:
+            self.problem = f"measurements are not recorded: {self.folder} is no folder that only this user can write"
         self._refresh()
 
     def get(self, key: str) -> Value | None:

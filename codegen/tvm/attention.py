@@ -19,10 +19,10 @@ import torch
 from tvm import tirx
 
 from .attention_plan import Attention
-from .emit import Memory, integer, parallel, put, sequence, serial, take
-from .layout import Sizes, flat, parameter
+from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, sequence, serial, take
+from .layout import Sizes
 from .math import INF, Block, assign, exp2_nonpositive, on_stack, read, register, transpose
-from .tile import Tile, split
+from .tile import Tile, halvings, split
 from .transposed import Rows, is_one, load_transposed
 
 LOG2_E = 1.4426950408889634
@@ -43,13 +43,8 @@ class Form:
 def function(plan: Attention, name: str, form: Form) -> Any:
     """The complete PrimFunc; parameters are the region's inputs and its output."""
     sizes = Sizes()
-    buffers = [parameter(f"t{k}", t, sizes) for k, t in enumerate(plan.tensors)]
-    dtypes = [t.dtype for t in plan.tensors]
-    views = [flat(f"f{k}", b, d) for k, (b, d) in enumerate(zip(buffers, dtypes, strict=True))]
-    body: list[Any] = [tirx.DeclBuffer(v, data=b.data) for v, b in zip(views, buffers, strict=True)]
-    body += _Emitter(plan, form, sizes, Memory(views, dtypes)).statements()
-    func = tirx.PrimFunc(buffers, sequence(body))
-    return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+    buffers, memory = parameters(plan.tensors, sizes)
+    return prim_func(name, buffers, memory, _Emitter(plan, form, sizes, memory).statements())
 
 
 @dataclass
@@ -206,20 +201,17 @@ class _Emitter:
         tile = tirx.Var("tile", "int64")
         whole = b.let(tirx.floordiv(count, integer(form.keys)))
         body = self._score_tile(task, base, start, tile * integer(form.keys), form.keys, row, column)
-        statements = [*b.statements, serial(tile, whole, body)]
+        statements, loops = [*b.statements, serial(tile, whole, body)], list[Any]()
         done = whole * integer(form.keys)
         if p.keys.is_Integer and int(p.keys) <= form.block and not p.causal:
             left = int(p.keys) % form.keys
             return statements + (self._score_tile(task, base, start, done, left, row, column) if left else [])
-        for height in _halves(form.keys):
-            number, rest = tirx.Var("rest", "int64"), Block(1)
-            left = rest.let(count - done)
-            rounds = rest.let(tirx.floordiv(left, integer(height)))
-            where = done + number * integer(height)
-            body = self._score_tile(task, base, start, where, height, row, column)
-            statements += [*rest.statements, serial(number, rounds, body)]
-            done = done + rounds * integer(height)
-        return statements
+        rest = Block(1)
+        for height, rounds, before in halvings(rest, rest.let(count - done), form.keys):
+            number = tirx.Var("rest", "int64")
+            where = done + before + number * integer(height)
+            loops.append(serial(number, rounds, self._score_tile(task, base, start, where, height, row, column)))
+        return [*statements, *rest.statements, *loops]
 
     def _score_tile(self, task: _Task, base: Any, start: Any, low: Any, height: int, row: Any,
                     column: Any) -> list[Any]:  # fmt: skip
@@ -255,7 +247,7 @@ class _Emitter:
         elif p.masked:
             where = self._base("mask", task.head) + key * self.sizes.tir(p.steps["mask"][1])
             one = Block(1)
-            bias = self._bias_value(one, self.memory.load(one, p.position["mask"], where, None))
+            bias = bias_of(self.plan, one, self.memory.load(one, p.position["mask"], where, None))
             b.statements += one.statements
             score = b.let(score + b.spread(bias))
         if p.causal:
@@ -265,11 +257,6 @@ class _Emitter:
             score = b.select(lane >= b.spread(ahead), score, b.const(-INF))
         return b.let(score)
 
-    def _bias_value(self, b: Block, value: Any) -> Any:
-        if self.plan.tensors[self.plan.position["mask"]].dtype is torch.bool:
-            return b.select(value, b.const(0.0), b.const(-INF))
-        return b.let(value * b.const(LOG2_E))
-
     def _bias(self, task: _Task, start: Any, count: Any) -> list[Any]:
         """A mask that differs by query, transposed into the scratch that the scores will take."""
         p = self.plan
@@ -277,7 +264,7 @@ class _Emitter:
             return []
         b = Block(1)
         rows = self._rows(b, task, "mask", start)
-        body = load_transposed(rows, task.scores, task.vectors, self.form.lanes, count, self._bias_value)
+        body = load_transposed(rows, task.scores, task.vectors, self.form.lanes, count, partial(bias_of, self.plan))
         return [*b.statements, *body]
 
     def _probabilities(self, task: _Task, count: Any, shift: list[Any]) -> Any:
@@ -349,26 +336,20 @@ class _Emitter:
 
     def _store_row(self, b: Block, offset: Any, value: Any, valid: int) -> None:
         """The first `valid` lanes of a vector."""
-        position, done, width = self.plan.position["output"], 0, b.lanes
-        while done < valid:
-            while width > valid - done:
-                width //= 2
+        for done, width in pieces(valid, b.lanes):
             part = Block(width)
             lanes = [tirx.IntImm("int32", done + i) for i in range(width)]
             piece = value if width == b.lanes else part.let(tirx.Shuffle([value], lanes))
-            self.memory.store(part, position, offset + integer(done), piece)
+            self.memory.store(part, self.plan.position["output"], offset + integer(done), piece)
             b.statements += part.statements
-            done += width
+
+
+def bias_of(plan: Attention, b: Block, value: Any) -> Any:
+    """What an element of the mask adds to a score in base 2."""
+    if plan.tensors[plan.position["mask"]].dtype is torch.bool:
+        return b.select(value, b.const(0.0), b.const(-INF))
+    return b.let(value * b.const(LOG2_E))
 
 
 def _times(scale: float, b: Block, value: Any) -> Any:
     return value * b.const(scale)
-
-
-def _halves(height: int) -> list[int]:
-    """Tile heights for what a whole tile leaves over, each used as often as it fits."""
-    found, h = [], 1
-    while h < height:
-        found.append(h)
-        h *= 2
-    return found[::-1]

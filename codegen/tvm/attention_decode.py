@@ -12,16 +12,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from tvm import tirx
 
+from .attention import LOG2_E, bias_of
 from .attention_plan import Attention
-from .emit import Memory, integer, parallel, put, sequence, serial, take
-from .layout import Sizes, flat, parameter
-from .math import INF, Block, assign, exp2_nonpositive, horizontal, on_stack, read, register
+from .emit import Memory, integer, parallel, parameters, prim_func, put, serial, take
+from .layout import Sizes
+from .math import INF, Block, assign, exchange, exp2_nonpositive, horizontal, on_stack, read, register
 from .tile import split
 
-LOG2_E = 1.4426950408889634
 ROWS = 4  # queries of a task: their accumulators must fit the registers
 CHAINS = 4  # sums that are kept apart
 
@@ -53,13 +52,8 @@ def reason_against(p: Attention, lanes: int) -> str | None:
 def function(plan: Attention, name: str, form: DecodeForm) -> Any:
     """The complete PrimFunc; parameters are the region's inputs and its output."""
     sizes = Sizes()
-    buffers = [parameter(f"t{k}", t, sizes) for k, t in enumerate(plan.tensors)]
-    dtypes = [t.dtype for t in plan.tensors]
-    views = [flat(f"f{k}", b, d) for k, (b, d) in enumerate(zip(buffers, dtypes, strict=True))]
-    body: list[Any] = [tirx.DeclBuffer(v, data=b.data) for v, b in zip(views, buffers, strict=True)]
-    body += _Emitter(plan, form, sizes, Memory(views, dtypes)).statements()
-    func = tirx.PrimFunc(buffers, sequence(body))
-    return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+    buffers, memory = parameters(plan.tensors, sizes)
+    return prim_func(name, buffers, memory, _Emitter(plan, form, sizes, memory).statements())
 
 
 @dataclass
@@ -186,11 +180,7 @@ class _Emitter:
         base, lane, one = b.let(self._base("mask", digits, row) + key * step), tirx.Var("lane", "int64"), Block(1)
         inside = tirx.min(lane, left - integer(1))
         value = self.memory.load(one, position, base + inside * step, None)
-        if p.tensors[position].dtype is torch.bool:
-            value = one.select(value, one.const(0.0), one.const(-INF))
-        else:
-            value = one.let(value * one.const(LOG2_E))
-        put(one, bias, lane, value)
+        put(one, bias, lane, bias_of(p, one, value))
         b.statements.append(serial(lane, integer(b.lanes), one.statements))
         return b.let(score + take(b, bias, integer(0)))
 
@@ -284,12 +274,6 @@ def sum_each(b: Block, vectors: list[Any]) -> Any:
     """The sums of as many vectors as they have lanes, vector k's in lane k: halves are exchanged and added."""
     distance, rows = b.lanes // 2, list(vectors)
     while distance:
-        low = [i if not i & distance else i - distance + b.lanes for i in range(b.lanes)]
-        high = [i + distance if not i & distance else i + b.lanes for i in range(b.lanes)]
-        halves = []
-        for i in range(distance):
-            pair = [rows[i], rows[i + distance]]
-            one, two = (b.let(tirx.Shuffle(pair, [tirx.IntImm("int32", k) for k in lanes])) for lanes in (low, high))
-            halves.append(b.let(one + two))
-        rows, distance = halves, distance // 2
+        pairs = [exchange(b, rows[i], rows[i + distance], distance) for i in range(distance)]
+        rows, distance = [b.let(one + two) for one, two in pairs], distance // 2
     return rows[0]

@@ -10,13 +10,12 @@ import sympy
 import torch
 from torch import fx
 
-from ..base import Region
+from ..base import Region, in_memory
+from .dots import FLOATS
 from .layout import expression
-from .tail import in_memory
-from .values import Unsupported, bound, same
+from .values import Unsupported, bound, dense, same
 
 OPERATOR = "scaled_dot_product_attention"
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST = 256  # features of a head
 
 Heads = list[tuple[sympy.Expr, int]]  # for each leading dimension: stride, and how many heads share one element
@@ -117,9 +116,7 @@ def memory_order(rank: int) -> tuple[int, ...]:
 
 
 def _check(name: str, operand: Any, node: fx.Node) -> None:
-    value = operand.meta.get("val") if isinstance(operand, fx.Node) else None
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
-        raise Unsupported(f"the {name} is not a dense tensor on the CPU")
+    value = dense(operand)
     own: torch.Tensor = node.meta["val"]
     if value.dtype not in (FLOATS if name != "mask" else (*FLOATS, torch.bool)):
         raise Unsupported(f"attention with {name} in {value.dtype}")

@@ -6,7 +6,7 @@ from typing import Any
 
 from tvm import tirx
 
-from .emit import Memory, integer, put, sequence, serial, take
+from .emit import Memory, integer, pieces, put, sequence, serial, take
 from .layout import Sizes
 from .math import Block
 from .product import Border
@@ -47,21 +47,15 @@ def _zeros(into: Any, start: Any, count: int, lanes: int) -> list[Any]:
 
 def _vectors(count: int, lanes: int, body: Any) -> list[Any]:
     """Cover `count` elements in vectors and halves of vectors."""
-    statements: list[Any] = []
-    whole, done = divmod(count, lanes)[0], 0
+    statements, whole = list[Any](), count // lanes
     if whole:
         k, b = tirx.Var("k", "int64"), Block(lanes)
         body(b, k * integer(lanes))
         statements.append(serial(k, integer(whole), b.statements))
-        done = whole * lanes
-    width = lanes
-    while done < count:
-        while width > count - done:
-            width //= 2
+    for start, width in pieces(count, lanes)[whole:]:
         b = Block(width)
-        body(b, integer(done))
+        body(b, integer(start))
         statements += b.statements
-        done += width
     return statements
 
 

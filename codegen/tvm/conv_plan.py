@@ -16,7 +16,7 @@ from .layout import Access, expression, merge
 from .product import Border, Product
 from .rules import name_of
 from .tail import plan_tail
-from .values import Unsupported, bound
+from .values import Unsupported, bound, dense
 
 CONVOLUTIONS = ("conv2d", "convolution")
 ORDER = (0, 2, 3, 1)  # images, rows, columns, channels
@@ -60,15 +60,14 @@ def plan(region: Region, program: Program | None, lanes: int) -> Product:
     sizes = root.meta["val"].shape
     accesses = [walk, right, *tail.loads.values(), *(o.access for o in tail.outputs)]
     extents = merge([expression(sizes[d]) for d in ORDER], accesses, False)
-    return Product(root, tail, walk, right, channel, (ZERO, ZERO), True, extents, 0, 1 if depthwise else int(per_group),
-                   taps, border, not depthwise)  # fmt: skip
+    depth = 1 if depthwise else int(per_group)
+    return Product(root, tail, walk, right, channel, (ZERO, ZERO), weight, extents, 0, depth, taps, border,
+                   not depthwise)  # fmt: skip
 
 
 def _check(root: fx.Node, image: fx.Node, weight: fx.Node, program: Program | None) -> None:
     for node in (root, image, weight):
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
-            raise Unsupported(f"{node.name} is not a dense tensor on the CPU")
+        value = dense(node)
         if value.dtype is not torch.float32:
             raise Unsupported(f"a convolution in {value.dtype}")
         if value.dim() != 4:

@@ -10,6 +10,7 @@ import torch
 from tvm import tirx
 
 from . import math as vector
+from .layout import Sizes, flat, parameter
 from .math import Block
 from .values import Value
 
@@ -115,6 +116,37 @@ def put(b: Block, buffer: Any, offset: Any, value: Any) -> None:
     b.statements.append(tirx.BufferStore(buffer, b.let(value), [index]))
 
 
+def prim_func(
+    name: str, buffers: list[Any], memory: Memory, statements: list[Any], wrap: Wrap = lambda body: body
+) -> Any:
+    """A PrimFunc of these parameters whose statements read and write them through the flat views of `memory`."""
+    views = [tirx.DeclBuffer(v, data=b.data) for v, b in zip(memory.views, buffers, strict=True)]
+    func = tirx.PrimFunc(buffers, wrap(sequence([*views, *statements])))
+    return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+
+
+def parameters(tensors: Sequence[torch.Tensor], sizes: Sizes) -> tuple[list[Any], Memory]:
+    """The checked buffers of the tensors that a caller passes, and flat views of them."""
+    return viewed([parameter(f"t{k}", t, sizes) for k, t in enumerate(tensors)], [t.dtype for t in tensors])
+
+
+def viewed(buffers: list[Any], dtypes: list[torch.dtype]) -> tuple[list[Any], Memory]:
+    """Parameters with flat views in the types in which they are stored."""
+    views = [flat(f"f{k}", b, d) for k, (b, d) in enumerate(zip(buffers, dtypes, strict=True))]
+    return buffers, Memory(views, dtypes)
+
+
+def pieces(count: int, lanes: int) -> list[tuple[int, int]]:
+    """(first element, lanes) of the vectors, and at the end halves of vectors, that cover `count` elements."""
+    found, done, width = [], 0, lanes
+    while done < count:
+        while width > count - done:
+            width //= 2
+        found.append((done, width))
+        done += width
+    return found
+
+
 def take(b: Block, buffer: Any, offset: Any) -> Any:
     """Lanes at consecutive elements of a buffer."""
     return tirx.BufferLoad(buffer, [tirx.Ramp(offset, integer(1), b.lanes) if b.lanes > 1 else offset])
@@ -125,6 +157,7 @@ def integer(value: int) -> Any:
     return tirx.IntImm("int64", value)
 
 
+Wrap = Callable[[Any], Any]
 Body = Callable[[Block, Any, int | None], None]  # block, first column, slot of the unrolled loop (None outside it)
 Also = Callable[[Block, Any, Any, dict[Value, Any]], None]  # block, first column, start of the segment, known values
 
@@ -192,14 +225,10 @@ class Row:
             inner = self._slots(lambda u: integer(low + u * self.lanes) + loop * integer(per), body)
             self.block.statements.append(serial(loop, integer(rounds), inner))
             column += rounds * per
-        width = self.lanes
-        while column < high:
-            while column + width > high:
-                width //= 2
+        for start, width in pieces(high - column, self.lanes):
             b = Block(width)
-            body(b, integer(column), None)
+            body(b, integer(column + start), None)
             self.block.statements += b.statements
-            column += width
 
     def open_columns(self, low: Any, high: Any, body: Body) -> None:
         """Cover columns [low, high) of sizes known at run time only."""

@@ -252,18 +252,22 @@ def to_bfloat16(b: Block, x: Any) -> Any:
     return tirx.Cast(b.dtype("uint16"), b.select(is_nan(b, x), b.const(0x7FC0, "int32"), rounded))
 
 
+def exchange(b: Block, one: Any, two: Any, distance: int) -> tuple[Any, Any]:
+    """Two vectors with runs of `distance` lanes swapped: every second run of the first with the one before it of the
+    second."""
+    low = [i if not i & distance else i - distance + b.lanes for i in range(b.lanes)]
+    high = [i + distance if not i & distance else i + b.lanes for i in range(b.lanes)]
+    first, second = (tirx.Shuffle([one, two], [tirx.IntImm("int32", k) for k in lanes]) for lanes in (low, high))
+    return b.let(first), b.let(second)
+
+
 def transpose(b: Block, rows: Sequence[Any]) -> list[Any]:
     """A square of as many vectors as they have lanes, transposed in registers: log2(lanes) rounds of exchanges."""
     rows, distance = list(rows), b.lanes // 2
     while distance:
-        low = [i if not i & distance else i - distance + b.lanes for i in range(b.lanes)]
-        high = [i + distance if not i & distance else i + b.lanes for i in range(b.lanes)]
         for i in range(b.lanes):
             if not i & distance:
-                pair = [rows[i], rows[i + distance]]
-                rows[i], rows[i + distance] = (
-                    b.let(tirx.Shuffle(pair, [tirx.IntImm("int32", k) for k in lanes])) for lanes in (low, high)
-                )
+                rows[i], rows[i + distance] = exchange(b, rows[i], rows[i + distance], distance)
         distance //= 2
     return rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,11 +13,11 @@ from tvm import tirx
 
 from .border import buffer_of, copy_with_zeros
 from .dots import WEIGHT_INT8, prefetch, with_declaration, word
-from .emit import Memory, Row, integer, parallel, put, sequence, serial, take
-from .layout import Access, Sizes, flat, parameter
+from .emit import Memory, Row, integer, parallel, pieces, prim_func, put, sequence, serial, take, viewed
+from .layout import Access, Sizes, parameter
 from .math import Block, on_stack
 from .product import Product
-from .tile import Tile, split
+from .tile import Tile, halvings, split
 from .values import Value
 
 LINE = 64  # bytes of a cache line
@@ -41,6 +41,10 @@ class Form:
         """Columns of a panel."""
         return self.vectors * self.lanes
 
+    def panels_of(self, columns: int) -> int:
+        """Panels that cover this many columns."""
+        return -(-columns // self.width)
+
 
 def function(product: Product, name: str, form: Form) -> Any:
     """The complete PrimFunc; parameters are inputs, the packed weight if there is one, outputs."""
@@ -48,7 +52,7 @@ def function(product: Product, name: str, form: Form) -> Any:
     dot, outputs = product.dot, len(product.tail.outputs)
     position = len(product.tensors) - outputs - (2 if dot.shifted else 1)
     packed_type = "int32" if dot.group > 1 else str(dot.stored).removeprefix("torch.")
-    panels = -(-product.columns // form.width)
+    panels = form.panels_of(product.columns)
     buffers = []
     for k, tensor in enumerate(product.tensors):
         if product.packed and k == position:
@@ -63,11 +67,9 @@ def function(product: Product, name: str, form: Form) -> Any:
         dtypes[position] = torch.int32 if dot.group > 1 else dot.stored
     if dot.shifted:
         dtypes[position + 1] = torch.int32
-    views = [flat(f"f{k}", b, d) for k, (b, d) in enumerate(zip(buffers, dtypes, strict=True))]
-    body: list[Any] = [tirx.DeclBuffer(v, data=b.data) for v, b in zip(views, buffers, strict=True)]
-    body += _Emitter(product, form, sizes, Memory(views, dtypes), position).statements()
-    func = tirx.PrimFunc(buffers, with_declaration(dot, form.lanes, sequence(body)))
-    return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+    buffers, memory = viewed(buffers, dtypes)
+    statements = _Emitter(product, form, sizes, memory, position).statements()
+    return prim_func(name, buffers, memory, statements, partial(with_declaration, dot, form.lanes))
 
 
 @dataclass
@@ -89,13 +91,12 @@ class _Emitter:
         self.rows = head.let(self.sizes.tir(sympy.Mul(*p.extents[p.batch : -1])))
         tiles = tirx.floordiv(self.rows + integer(form.rows - 1), integer(form.rows))
         blocks = head.let(tirx.floordiv(tiles + integer(form.tiles - 1), integer(form.tiles)))
-        groups = -(-self._panels() // form.panels)
-        total = blocks * integer(groups)
+        total = blocks * integer(self._groups)
         for size in lead:
             total = total * size
         total = head.let(total)
         task, b = tirx.Var("task", "int64"), Block(1)
-        *self.digits, block, group = split(b, task, [*lead, blocks, integer(groups)])
+        *self.digits, block, group = split(b, task, [*lead, blocks, integer(self._groups)])
         loop = parallel if form.parallel else serial
         if p.border is not None:
             self.left, frame = buffer_of(p.border, self.sizes)
@@ -105,8 +106,10 @@ class _Emitter:
         inner = self._task(b, block, group, blocks)
         return [*head.statements, loop(task, total, b.statements + inner)]
 
-    def _panels(self) -> int:
-        return -(-self.product.columns // self.form.width)
+    @property
+    def _groups(self) -> int:
+        """Groups of panels."""
+        return -(-self.form.panels_of(self.product.columns) // self.form.panels)
 
     def _task(self, b: Block, block: Any, group: Any, blocks: Any) -> list[Any]:
         """One block of rows times one group of panels."""
@@ -123,35 +126,32 @@ class _Emitter:
             tile = tirx.Var("tile", "int64")
             body = self._right(number, valid)
             body.append(serial(tile, count, self._tile((first + tile) * integer(form.rows), form.rows, number, valid)))
-            rest = list(self._rest(full * integer(form.rows), number, valid))
-            return [*body, *(tirx.IfThenElse(ends, sequence(rest), None) for _ in rest[:1])]
+            if rest := self._rest(full * integer(form.rows), number, valid):
+                body.append(tirx.IfThenElse(ends, sequence(rest), None))
+            return body
 
         found: list[Any] = []
         if whole:
             found.append(serial(panel, high - low, rows(low + panel, form.width)))
         if last:
             alone = sequence(rows(integer(whole), last))
-            groups = -(-self._panels() // form.panels)
-            found.append(alone if groups == 1 else tirx.IfThenElse(tirx.EQ(group, integer(groups - 1)), alone, None))
+            final = tirx.EQ(group, integer(self._groups - 1))
+            found.append(alone if self._groups == 1 else tirx.IfThenElse(final, alone, None))
         return found
 
-    def _rest(self, start: Any, panel: Any, valid: int) -> Iterable[Any]:
+    def _rest(self, start: Any, panel: Any, valid: int) -> list[Any]:
         """Rows after the last whole tile: one lower tile, or tiles of halving heights where the count is not static."""
+        height = self.form.rows
         if self.product.rows is not None:
-            left = self.product.rows % self.form.rows
-            if left:
-                yield sequence(self._tile(start, left, panel, valid))
-            return
-        heights = [h for h in (8, 4, 2, 1) if h < self.form.rows]
-        remaining = tirx.floormod(self.rows, integer(self.form.rows))
-        for height in heights:
-            # rows before this tile: those of the larger heights that are in the binary form of the remainder
-            above = remaining - tirx.floormod(remaining, integer(2 * height)) if height != heights[0] else integer(0)
-            rounds = tirx.floormod(tirx.floordiv(remaining, integer(height)), integer(2))
-            if height == heights[0]:
-                rounds = tirx.floordiv(remaining, integer(height))
-            loop = tirx.Var("extra", "int64")
-            yield serial(loop, rounds, self._tile(start + above + loop * integer(height), height, panel, valid))
+            left = self.product.rows % height
+            return self._tile(start, left, panel, valid) if left else []
+        b, statements = Block(1), list[Any]()
+        remaining = b.let(tirx.floormod(self.rows, integer(height)))
+        for lower, rounds, done in halvings(b, remaining, height):
+            extra = tirx.Var("extra", "int64")
+            tile = self._tile(start + done + extra * integer(lower), lower, panel, valid)
+            statements.append(serial(extra, rounds, tile))
+        return [*b.statements, *statements]
 
     def _right(self, panel: Any, valid: int) -> list[Any]:
         """Statements that make the right operand's panel readable in vectors: nothing for a packed weight."""
@@ -333,15 +333,3 @@ class _Emitter:
                 self.memory.store(b, o.access.buffer, bound(o.access) + at, lines.element(b, o.value, at, low, memo, 0))
             wide += b.statements
         return [*head.statements, *wide]
-
-
-def pieces(valid: int, lanes: int) -> list[tuple[int, int]]:
-    """(first column, lanes) of the vectors, and parts of one, that cover `valid` columns."""
-    found = [(c, lanes) for c in range(0, valid - lanes + 1, lanes)]
-    column, width = valid // lanes * lanes, lanes // 2
-    while column < valid:
-        if column + width <= valid:
-            found.append((column, width))
-            column += width
-        width //= 2
-    return found

@@ -24,10 +24,9 @@ from . import conv_plan
 from .conv_plan import CONVOLUTIONS
 from .dots import pack, start_of
 from .matmul import Form, function
-from .product import LINEAR, MATRIX, Product, operands, plan
+from .product import LINEAR, MATRIX, Product, plan
 from .row_family import lanes_of
 from .rules import name_of
-from .values import Unsupported, bound
 
 TILES = ((6, 4), (12, 2), (9, 3))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
 DEPTHWISE = ((8, 1), (4, 1), (14, 1))
@@ -109,20 +108,13 @@ class MatmulLowering:
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
         """The packed weight, if the right operand is one."""
-        if not self.product.packed:
-            return ()
-        weight = self.program.constant(self.right()) if self.program is not None else None
+        weight = None if self.program is None else self.program.constant(self.product.weight)
         if weight is None:
-            raise Unsupported("the right operand is not a constant weight")
+            return ()
         width = int(schedule["vectors"]) * lanes_of(target)
         matrix, dot = _matrix(self.product.root, weight), self.product.dot
         packed = pack(matrix, width, dot)
         return (packed, start_of(matrix, width)) if dot.shifted else (packed,)
-
-    def right(self) -> fx.Node:
-        """The node of the right operand."""
-        root = self.product.root
-        return bound(root)["weight"] if name_of(root) in CONVOLUTIONS else operands(root)[1]
 
 
 def _matrix(root: fx.Node, weight: torch.Tensor) -> torch.Tensor:

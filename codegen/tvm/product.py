@@ -17,7 +17,7 @@ from .dots import PLAIN, Dot, dot_of
 from .layout import Access, expression, merge
 from .rules import name_of
 from .tail import Tail, plan_tail
-from .values import Unsupported, bound, shape
+from .values import Unsupported, bound, dense, shape
 
 LINEAR, MATRIX = ("linear", "_weight_int8pack_mm"), ("_int_mm", "mm", "addmm", "bmm", "baddbmm", "matmul")
 
@@ -60,7 +60,7 @@ class Product:
         right: the same for the right one.
         left_step: stride of the left operand along the depth.
         right_steps: strides of the right operand along the depth and along the columns.
-        packed: whether the right operand is the packed weight.
+        weight: the right operand if it is a constant that is packed, None if it is taken at run time.
         extents: sizes of the space: batch, rows, columns.
         batch: how many of the extents the right operand depends on.
         depth: size of the dimension that is summed over, for one tap.
@@ -76,7 +76,7 @@ class Product:
     right: Access
     left_step: sympy.Expr
     right_steps: tuple[sympy.Expr, sympy.Expr]
-    packed: bool
+    weight: fx.Node | None
     extents: list[sympy.Expr]
     batch: int
     depth: int
@@ -84,6 +84,11 @@ class Product:
     border: Border | None = None
     spread: bool = True
     dot: Dot = PLAIN
+
+    @property
+    def packed(self) -> bool:
+        """Whether the right operand is a packed weight."""
+        return self.weight is not None
 
     @property
     def columns(self) -> int:
@@ -146,8 +151,8 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     batch = max((d + 1 for d in range(len(extents) - 1) if walks[1].strides[d] != 0), default=0)
     steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
     right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
-    return Product(root, tail, *walks, expression(left.meta["val"].stride(-1)), right_steps, packed, extents, batch,
-                   depth, dot=dot)  # fmt: skip
+    left_step, weight = expression(left.meta["val"].stride(-1)), right if packed else None
+    return Product(root, tail, *walks, left_step, right_steps, weight, extents, batch, depth, dot=dot)
 
 
 def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -167,9 +172,7 @@ def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
 
 def _check_tensors(root: fx.Node, left: fx.Node, right: fx.Node) -> None:
     for node in (root, left, right):
-        value = node.meta.get("val")
-        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
-            raise Unsupported(f"{node.name} is not a dense tensor on the CPU")
+        value = dense(node)
         if value.dim() < 2 or (name_of(root) in LINEAR and node is right and value.dim() != 2):
             raise Unsupported("a product with a vector")
 

@@ -9,8 +9,8 @@ from typing import Any
 import sympy
 from tvm import tirx
 
-from .emit import RECOMPUTE, Also, Memory, Row, integer, parallel, put, sequence, serial
-from .layout import Access, Sizes, flat, parameter
+from .emit import RECOMPUTE, Also, Memory, Row, integer, parallel, parameters, prim_func, put, serial
+from .layout import Access, Sizes
 from .math import Block, on_stack
 from .plan import CHUNK, Plan
 from .values import Value
@@ -32,13 +32,8 @@ class Form:
 def function(plan: Plan, name: str, form: Form) -> Any:
     """The complete PrimFunc."""
     sizes = Sizes()
-    buffers = [parameter(f"t{k}", t, sizes) for k, t in enumerate(plan.tensors)]
-    views = [flat(f"f{k}", b, t.dtype) for k, (b, t) in enumerate(zip(buffers, plan.tensors, strict=True))]
-    body = [tirx.DeclBuffer(v, data=b.data) for v, b in zip(views, buffers, strict=True)]
-    emitter = _Emitter(plan, form, sizes, Memory(views, [t.dtype for t in plan.tensors]))
-    body += emitter.statements()
-    func = tirx.PrimFunc(buffers, sequence(body))
-    return func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+    buffers, memory = parameters(plan.tensors, sizes)
+    return prim_func(name, buffers, memory, _Emitter(plan, form, sizes, memory).statements())
 
 
 def scratch_of(plan: Plan) -> list[Value]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..base import Region
+from ..base import Region, in_memory
 from .layout import Access, access_of
 from .plan import Output, equal_shapes, output_access, reach, reason_against, result_of
 from .rules import read
@@ -72,12 +72,6 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
     tensors += [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
     loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}
     return Tail(tensors, outputs, loads, result)
-
-
-def in_memory(value: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    """A fake tensor like `value` whose dimensions lie in memory in this order, without gaps."""
-    stored = value.new_empty([value.shape[d] for d in order])
-    return stored.permute([order.index(d) for d in range(value.dim())])
 
 
 def _coordinates(build: Builder, order: tuple[int, ...] | None) -> tuple[Coordinate, ...]:

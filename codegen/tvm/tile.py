@@ -14,7 +14,7 @@ from typing import Any
 from tvm import tirx
 
 from .dots import PLAIN, Dot, multiply_add
-from .emit import serial
+from .emit import integer, serial
 from .math import Block, assign, on_stack, read, register
 
 Number = Callable[[Block, int, Any], Any]  # (block, row, step) -> float32 scalar of the broadcast operand
@@ -71,10 +71,6 @@ class Tile:
         """One accumulator."""
         return read(self._at(row, vector))
 
-    def scale(self, vector: int, factor: Any) -> list[Any]:
-        """Statements that multiply all accumulators of one vector position by the same lanes."""
-        return [assign(self._at(row, vector), self.value(row, vector) * factor) for row in range(self.rows)]
-
     def _at(self, row: int, vector: int) -> Any:
         return self.registers[row * self.vectors + vector]
 
@@ -86,3 +82,13 @@ def split(b: Block, index: Any, sizes: list[Any]) -> list[Any]:
         digits.append(b.let(tirx.floormod(index, size)))
         index = b.let(tirx.floordiv(index, size))
     return [index, *reversed(digits)] if sizes else []
+
+
+def halvings(b: Block, count: Any, height: int) -> list[tuple[int, Any, Any]]:
+    """(tile height, rounds, rows before it) of tiles that cover `count` < `height` rows: powers of two, falling."""
+    found, done, power = [], integer(0), 1 << (height - 1).bit_length() >> 1
+    while power:
+        rounds = b.let(tirx.floordiv(count - done, integer(power)))
+        found.append((power, rounds, done))
+        done, power = b.let(done + rounds * integer(power)), power // 2
+    return found

@@ -140,6 +140,14 @@ def shape(node: fx.Node) -> tuple[Extent, ...]:
     return tuple(node.meta["val"].shape)
 
 
+def dense(node: Any) -> torch.Tensor:
+    """The fake tensor of a node. Raises Unsupported unless it is a dense one on the CPU."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
+        raise Unsupported(f"{node} is not a dense tensor on the CPU")
+    return value
+
+
 def bound(node: fx.Node) -> dict[str, Any]:
     """The arguments of a node by name, defaults filled in."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]

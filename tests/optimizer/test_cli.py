@@ -134,7 +134,8 @@ def test_missing_import_in_the_users_code(call, stub, spec):
 
 def test_options_are_passed_on(call, stub):
     result = call("optimize", "nets.py:named", "--target", "x86-64-v3", "--passes", "a, b", "--limit", "2",
-                  "--level", "fast", "--threads", "1", "--out", "x.lathe", "--html", "x.html", "--json", "x.json")  # fmt: skip
+                  "--level", "fast", "--threads", "1",
+                  "--out", "x.lathe", "--html", "x.html", "--json", "x.json")  # fmt: skip
     assert result.exit_code == 0, result.output
     ((_, args, kwargs, rest),) = stub
     assert torch.equal(args[0], torch.ones(3)) and kwargs["by"].tolist() == [2.0] * 3
