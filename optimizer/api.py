@@ -128,7 +128,7 @@ def compile_program(
     best, steps = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
     result, step, notes = lower_and_judge(best, target, judge, tuner, progress)
     result.__dict__["_model"] = original
-    report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result.choices), notes=notes)
+    report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result.choices, target), notes=notes)
     report.graph_before, report.graph_after, report.versions = before, best.text(), versions()
     report.counts = result.counts
     result.report = report

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import fx
+
 from ..codegen.eager import op_name
 from ..codegen.select import Choice
 from ..targets import cost
+from ..targets.target import Target
 from .report import KernelRow
 
 
-def kernel_rows(choices: Sequence[Choice]) -> list[KernelRow]:
+def kernel_rows(choices: Sequence[Choice], target: Target) -> list[KernelRow]:
     """One row per distinct kernel, the most expensive first; eager operators are grouped by name and shapes."""
     groups: dict[tuple[str, str], list[Choice]] = {}
     for choice in choices:
@@ -26,6 +29,13 @@ def kernel_rows(choices: Sequence[Choice]) -> list[KernelRow]:
         rows.append(KernelRow(
             kernel.name, backend, [op_name(n) for n in nodes], len(group), kernel.seconds, flops, moved,
             str(kernel.schedule), kernel.source, dict(kernel.asm), rivals,
-            spent / total if total and kernel.seconds else None,
+            spent / total if total and kernel.seconds else None, _of_peak(kernel.seconds, nodes, target),
         ))  # fmt: skip
     return sorted(rows, key=lambda r: -(r.share or 0.0))
+
+
+def _of_peak(seconds: float | None, nodes: Sequence[fx.Node], target: Target) -> float | None:
+    """The rate of a kernel's operations over the target's peak for the dtype of the operator that does most of them."""
+    most = max(nodes, key=cost.flops)
+    peak = target.flops.get(cost.compute_dtype(most))
+    return cost.totals(nodes)[0] / seconds / peak if seconds and peak else None

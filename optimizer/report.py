@@ -29,10 +29,10 @@ STEP_HEADS = (
 # narrow tables for terminals: what became of each pass, then what the rewrites that ran changed
 TIME_HEADS = ("pass", "sites", "before", "after", "speed-up", "quality", "outcome")
 SIZE_HEADS = ("pass", "fidelity", "nodes", "flops", "bytes", "took")
-CALL_HEADS = ("kernel", "backend", "calls", "one call", "share", "flop/s", "operators")
-KERNEL_HEADS = ("kernel", "backend", "calls", "one call", "share", "flop/s", "byte/s", "schedule", "operators")
+CALL_HEADS = ("kernel", "backend", "calls", "one call", "share", "flop/s", "of peak", "operators")
+KERNEL_HEADS = (*CALL_HEADS[:-1], "byte/s", "schedule", "operators")
 OUTCOME_STYLES = {"kept": "green", "dropped": "yellow", "refused": "dim"}
-NUMERIC = frozenset(("sites", "before", "after", "quality", "took", "calls", "one call", "share", "flop/s", "byte/s"))
+NUMERIC = frozenset(("sites", "before", "after", "quality", "took", *CALL_HEADS[2:-1], "byte/s"))
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ class KernelRow:
     asm: dict[str, str] = field(default_factory=dict)  # generated code by its kind
     rivals: dict[str, float] = field(default_factory=dict)  # seconds of the candidates that lost
     share: float | None = None  # part of the executable's time that all calls take, from 0 to 1
+    of_peak: float | None = None  # part of the target's peak rate for this dtype that a call reaches
 
     def cells(self) -> list[str]:
         """The texts of this row under KERNEL_HEADS."""
@@ -110,7 +111,9 @@ class KernelRow:
             str(self.count),
             seconds_text(self.seconds),
             NONE if self.share is None else f"{self.share:.1%}",
-            *rates,
+            rates[0],
+            NONE if self.of_peak is None else f"{self.of_peak:.0%}",
+            rates[1],
             self.schedule or NONE,
             " ".join(self.region),
         ]

@@ -111,7 +111,7 @@ def seconds(node: fx.Node, target: Target) -> float:
 
     The peak is that of the first floating point input's dtype (float32's where the target has none for it).
     """
-    peak = target.flops.get(_compute_dtype(node)) or target.flops.get("float32") or math.inf
+    peak = target.flops.get(compute_dtype(node)) or target.flops.get("float32") or math.inf
     bandwidth = target.bandwidth or math.inf
     return max(flops(node) / peak, bytes_moved(node) / bandwidth)
 
@@ -238,7 +238,8 @@ def _elementwise(node: fx.Node, name: str, out: int) -> int:
     return max([out, *inputs])  # reductions read more than they write
 
 
-def _compute_dtype(node: fx.Node) -> str:
+def compute_dtype(node: fx.Node) -> str:
+    """Name of the dtype that a node computes in: that of its first floating point input, if it has one."""
     inputs = [value for source in node.all_input_nodes for value in _tensors(source)]
     floating = [value for value in inputs if value.dtype.is_floating_point]
     chosen = floating or inputs or _tensors(node)

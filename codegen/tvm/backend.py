@@ -105,6 +105,8 @@ class TvmBackend:
             return f"more than {LARGEST} operators"
         try:
             self._plan(region, target)
+            for node in region.outputs:
+                _destination(node, region, None)
         except Unsupported as reason:
             return str(reason)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:

@@ -172,6 +172,7 @@ class Row:
         offsets: by access position of a load: (offset of the row, column step or None).
         lanes: vector width in float32 values.
         unroll: vectors per round of a column loop.
+        part: which part of every pick this row reads.
     """
 
     block: Block
@@ -179,6 +180,7 @@ class Row:
     offsets: Callable[[Value], tuple[Any, Any]]
     lanes: int
     unroll: int
+    part: int = 0
     known: dict[Value, Any] = field(default_factory=dict)
 
     def scalar(self, v: Value) -> Any:
@@ -187,8 +189,10 @@ class Row:
             b = self.block
             if v.op == "const":
                 return b.const(number(v), v.kind)
-            if v.op == "load":
+            if v.op in ("load", "gather"):
                 self.known[v] = self.memory.load(b, v.attr[0], self.offsets(v)[0], None)
+            elif v.op == "pick":
+                self.known[v] = self.scalar(v.args[self.part])
             else:
                 self.known[v] = b.let(compute(b, v, [self.scalar(a) for a in v.args]))
         return self.known[v]
@@ -204,12 +208,14 @@ class Row:
         elif v in self.memory.scratch and v.stage < stage:
             index = tirx.Ramp(column, integer(1), b.lanes) if b.lanes > 1 else column
             result = b.let(tirx.BufferLoad(self.memory.scratch[v], [index]))
-        elif v.op == "load":
+        elif v.op in ("load", "gather"):
             offset, step = self.offsets(v)
             result = self.memory.load(b, v.attr[0], offset + column * step, step)
         elif v.op == "cat":
             part = max(k for k, bound in enumerate(v.attr) if bound <= low)
             result = self.element(b, v.args[part], column, low, memo, stage)
+        elif v.op == "pick":
+            result = self.element(b, v.args[self.part], column, low, memo, stage)
         else:
             args = [self.element(b, a, column, low, memo, stage) for a in v.args]
             result = b.let(compute(b, v, args))

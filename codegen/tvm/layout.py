@@ -10,7 +10,7 @@ import sympy
 import torch
 from tvm import tirx
 
-from .values import Extent, Unsupported, Value
+from .values import FIXED, Coordinate, Extent, Unsupported, Value
 
 STORED = {torch.bfloat16: "uint16", torch.bool: "int8"}  # how the kernel itself reads and writes these
 OPEN = 1 << 40  # extent of the flat views: their bounds are those of the checked parameter
@@ -77,16 +77,22 @@ class Access:
 
 
 def access_of(value: Value, tensors: Sequence[torch.Tensor], rank: int) -> Access:
-    """The access of a load."""
+    """The access of a load or gather; of a pick, the walk of the index that decides."""
+    if value.op == "pick":
+        return _walk([1], [value.attr[0]], -1, rank)
     position, coords = value.attr
+    return _walk([expression(s) for s in tensors[position].stride()], coords, position, rank)
+
+
+def _walk(steps: Sequence[Any], coords: Sequence[Coordinate], position: int, rank: int) -> Access:
     strides: list[sympy.Expr] = [sympy.Integer(0)] * rank
     shift: sympy.Expr = sympy.Integer(0)
-    for stride, coordinate in zip(tensors[position].stride(), coords, strict=True):
+    for step, coordinate in zip(steps, coords, strict=True):
         if coordinate is not None:
-            what, number = coordinate
-            dim = rank - 1 if what == "column" else number
-            strides[dim] = strides[dim] + expression(stride)
-            shift = shift + expression(stride) * (number if what == "column" else 0)
+            dim, start = coordinate
+            if dim != FIXED:
+                strides[dim] = strides[dim] + step
+            shift = shift + step * start
     return Access(position, strides, shift)
 
 

@@ -38,10 +38,12 @@ class Plan:
     Attributes:
         tensors: fake tensors of the parameters, inputs before outputs.
         outputs: one per region output.
-        loads: the access of every load.
+        loads: the access of every load, gather and pick.
         reductions: reductions by the stage of their operand.
         segments: column ranges inside which every cat reads one part (empty: the columns are not static).
         extents: sizes of the merged space, columns last.
+        gathers: the loads whose first index is a value, with the number of entries of their tables.
+        pick: the value whose index decides which part of every pick a row reads, None if there is no pick.
     """
 
     tensors: list[torch.Tensor]
@@ -50,6 +52,8 @@ class Plan:
     reductions: dict[int, list[Value]]
     segments: list[tuple[int, int]]
     extents: list[sympy.Expr]
+    gathers: list[tuple[Value, sympy.Expr]]
+    pick: Value | None
 
     @property
     def stages(self) -> int:
@@ -151,7 +155,7 @@ def output_access(position: int, space: tuple[Extent, ...], per_row: bool) -> Ac
 
 def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: list[Output]) -> Plan:
     reached = reach([o.value for o in outputs])
-    loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}
+    loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op in ("load", "gather", "pick")}
     reductions: dict[int, list[Value]] = {}
     for v in reached:
         if v.op == "reduce":
@@ -159,7 +163,8 @@ def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: lis
     cuts = {bound for v in reached if v.op == "cat" for bound in v.attr}
     shifted = any(a.shift != 0 for a in loads.values())
     accesses = [*loads.values(), *(o.access for o in outputs)]
-    rigid = bool(reductions or cuts or shifted or any(o.per_row for o in outputs))
+    looked_up = any(v.op in ("gather", "pick") for v in loads)
+    rigid = bool(reductions or cuts or shifted or looked_up or any(o.per_row for o in outputs))
     extents = merge([expression(e) for e in space], accesses, columns_too=not rigid)
     if not rigid:
         extents = _chunk(extents, accesses)
@@ -170,7 +175,13 @@ def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: lis
         segments = list(itertools.pairwise(edges))
     elif rigid:
         raise Unsupported("the last dimension has a symbolic size")
-    return Plan(tensors, outputs, loads, reductions, segments, extents)
+    gathers = [(v, expression(tensors[v.attr[0]].shape[0])) for v in reached if v.op == "gather"]
+    picks = [v for v in reached if v.op == "pick"]
+    if any(v.attr != picks[0].attr for v in picks):
+        raise Unsupported("rows are put together at different places")
+    if any(v.op == "gather" for v in reach([a for v in (*picks, *(v for v, _ in gathers)) for a in v.args])):
+        raise Unsupported("a look-up for some rows only, or by the result of another")
+    return Plan(tensors, outputs, loads, reductions, segments, extents, gathers, picks[0] if picks else None)
 
 
 def _chunk(extents: list[sympy.Expr], accesses: list[Access]) -> list[sympy.Expr]:

@@ -20,7 +20,9 @@ from .rules import name_of
 # vector instructions (about 5 us on one core) one thread is faster.
 SERIAL_BELOW = 16_000
 
-MOVES = frozenset(("unsqueeze", "squeeze", "permute", "transpose", "slice", "expand"))  # eager only changes strides
+VIEWS = frozenset(
+    ("unsqueeze", "squeeze", "permute", "transpose", "slice", "select", "expand")
+)  # eager only changes strides
 
 
 class RowFamily:
@@ -34,7 +36,7 @@ class RowFamily:
 
     def plan(self, region: Region, program: Program | None, target: Target) -> RowLowering:
         """The region as a row program. Raises Unsupported."""
-        return RowLowering(make(region), all(name_of(n) in MOVES for n in region.nodes))
+        return RowLowering(make(region), all(name_of(n) in VIEWS for n in region.nodes))
 
 
 @dataclass

@@ -8,10 +8,11 @@ from typing import Any
 
 import sympy
 from tvm import tirx
+from tvm.ir import StringImm
 
-from .emit import RECOMPUTE, Also, Memory, Row, integer, parallel, parameters, prim_func, put, serial
-from .layout import Access, Sizes
-from .math import Block, on_stack
+from .emit import RECOMPUTE, Also, Memory, Row, integer, parallel, parameters, prim_func, put, sequence, serial
+from .layout import Access, Sizes, expression
+from .math import Block, assign, on_stack, read, register
 from .plan import CHUNK, Plan
 from .values import Value
 
@@ -68,6 +69,7 @@ class _Emitter:
         """The loop over tasks, threaded or not."""
         plan, head = self.plan, Block(1)
         rows = head.let(self.sizes.tir(sympy.Mul(*plan.extents[:-1])))
+        head.statements += self._check_entries(rows)
         if not plan.segments:
             per, tasks = 1, head.let(rows * self._chunks())
         else:
@@ -106,31 +108,71 @@ class _Emitter:
         return loop_of(task, tasks, [*b.statements, inner])
 
     def _row(self, index: Any, low: Any = None, high: Any = None) -> list[Any]:
-        """All passes over the row with this number."""
-        block, bases = Block(1), dict[str, Any]()
+        """The row with this number: all passes, for the part that its picks read."""
+        block, pick = Block(1), self.plan.pick
         digits = self._digits(block, block.let(index))
+        if pick is None:
+            return [*block.statements, *self._passes(digits, 0, low, high)]
+        place, bounds = block.let(self._base(self.plan.loads[pick], digits)), pick.attr[1]
+        chain = sequence(self._passes(digits, len(bounds) - 1, low, high))
+        for part in reversed(range(len(bounds) - 1)):
+            own = sequence(self._passes(digits, part, low, high))
+            chain = tirx.IfThenElse(place < integer(bounds[part + 1]), own, chain)
+        return [*block.statements, chain]
+
+    def _passes(self, digits: list[Any], part: int, low: Any, high: Any) -> list[Any]:
+        block, bases, entries = Block(1), dict[str, Any](), dict[Value, Any]()
 
         def offset(a: Access) -> Any:
             key = str((a.strides[:-1], a.shift))
             if key not in bases:
-                base = self.sizes.tir(a.shift)
-                for digit, stride in zip(digits, a.strides[:-1], strict=True):
-                    if stride != 0:
-                        base = base + digit * self.sizes.tir(stride)
-                bases[key] = block.let(base)
+                bases[key] = block.let(self._base(a, digits))
             return bases[key]
 
         def offsets(v: Value) -> tuple[Any, Any]:
             a = self.plan.loads[v]
-            return offset(a), self.sizes.tir(a.strides[-1])
+            if v.op == "load":
+                return offset(a), self.sizes.tir(a.strides[-1])
+            if v not in entries:
+                entry = tirx.Cast("int64", row.scalar(v.args[0]))
+                entries[v] = block.let(offset(a) + entry * self.sizes.tir(self._table_step(v)))
+            return entries[v], self.sizes.tir(a.strides[-1])
 
-        row = Row(block, self.memory, offsets, self.form.lanes, self.form.unroll)
+        row = Row(block, self.memory, offsets, self.form.lanes, self.form.unroll, part)
         for stage in range(self.plan.stages):
             self._pass(row, stage, offset, low, high)
         for o in self.plan.outputs:
             if o.per_row:
                 self.memory.store(block, o.access.buffer, offset(o.access), row.scalar(o.value))
         return block.statements
+
+    def _base(self, a: Access, digits: list[Any]) -> Any:
+        base = self.sizes.tir(a.shift)
+        for digit, stride in zip(digits, a.strides[:-1], strict=True):
+            if stride != 0:
+                base = base + digit * self.sizes.tir(stride)
+        return base
+
+    def _table_step(self, v: Value) -> sympy.Expr:
+        return expression(self.plan.tensors[v.attr[0]].stride(0))
+
+    def _check_entries(self, rows: Any) -> list[Any]:
+        """Stop before the first row if a row looks up an entry that its table does not have.
+
+        The threads of the loop cannot raise an error in the caller, so one thread looks first.
+        """
+        if not self.plan.gathers:
+            return []
+        bad, index, b = register("int32"), tirx.Var("row", "int64"), Block(1)
+        digits = self._digits(b, index)
+        row = Row(b, self.memory, lambda v: (self._base(self.plan.loads[v], digits), None), 1, 1)
+        for v, size in self.plan.gathers:
+            entry = tirx.Cast("int64", row.scalar(v.args[0]))
+            wrong = tirx.Or(entry < integer(0), entry >= self.sizes.tir(size))
+            b.statements.append(assign(bad, tirx.Select(wrong, tirx.const(1, "int32"), read(bad))))
+        fine, text = tirx.EQ(read(bad), tirx.const(0, "int32")), StringImm("index out of range in self")
+        told = tirx.AssertStmt(fine, StringImm("IndexError"), [text])  # TVM names these in another order
+        return [on_stack(bad), assign(bad, tirx.const(0, "int32")), serial(index, rows, b.statements), told]
 
     def _digits(self, b: Block, index: Any) -> list[Any]:
         """The row number as one index per merged row dimension."""

@@ -1,4 +1,4 @@
-"""What each ATen operator means in a row program: one rule per operator."""
+"""What each ATen operator means in a row program: one rule per operator; those that only move elements are in moves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .values import KINDS, Builder, Coordinate, Site, Unsupported, Value, bound, shape
-
-Rule = Callable[[Site], Value]
+from .moves import MOVES, Rule
+from .values import COLUMN, KINDS, Builder, Coordinate, Site, Unsupported, Value, bound
 
 
 def _binary(name: str) -> Rule:
@@ -235,7 +234,7 @@ def _var(s: Site) -> Value:
 
 
 def _at_column(s: Site, x: Value) -> Value:
-    if s.coords[-1] != ("column", 0):
+    if s.coords[-1] != (COLUMN, 0):
         raise Unsupported(f"{s.node.target} is read at other columns than its own")
     return x
 
@@ -282,70 +281,6 @@ def _softmax(logarithm: bool) -> Rule:
     return rule
 
 
-# Layout: the same element, read at other coordinates.
-
-
-def _move(change: Callable[[Site, list[Coordinate]], list[Coordinate]]) -> Rule:
-    return lambda s: s.read(s.args["self"], tuple(change(s, list(s.coords))))
-
-
-def _unsqueeze(s: Site, at: list[Coordinate]) -> list[Coordinate]:
-    del at[s.args["dim"] % len(at)]
-    return at
-
-
-def _squeeze(s: Site, at: list[Coordinate]) -> list[Coordinate]:
-    rank, dims = len(shape(s.args["self"])), s.args.get("dim", range(len(shape(s.args["self"]))))
-    for d in sorted(d % rank for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])):
-        if shape(s.args["self"])[d] == 1:
-            at.insert(d, None)
-    return at
-
-
-def _permute(s: Site, at: list[Coordinate]) -> list[Coordinate]:
-    rank = len(at)
-    if "dims" in s.args:
-        order = [d % rank for d in s.args["dims"]]
-    else:
-        order = list(range(rank))
-        a, b = s.args["dim0"] % rank, s.args["dim1"] % rank
-        order[a], order[b] = b, a
-    return [at[order.index(d)] for d in range(rank)]
-
-
-def _slice(s: Site, at: list[Coordinate]) -> list[Coordinate]:
-    rank = len(at)
-    if s.args["dim"] % rank != rank - 1 or s.args["step"] != 1:
-        raise Unsupported("a slice along another dimension than the last, or with a step")
-    size, start = shape(s.args["self"])[-1], s.args["start"] or 0
-    if not isinstance(size, int) or not isinstance(start, int):
-        raise Unsupported("a slice of symbolic size")
-    start = min(start + size if start < 0 else start, size)
-    if at[-1] is None:
-        raise Unsupported("a slice of one column")
-    return [*at[:-1], ("column", at[-1][1] + max(start, 0))]
-
-
-def _expand(s: Site) -> Value:
-    return s.of(s.args["self"], _kind_of(s.args["self"]))
-
-
-def _cat(s: Site) -> Value:
-    rank, parts, first = len(s.coords), s.args["tensors"], s.coords[-1]
-    if s.args["dim"] % rank != rank - 1 or first is None or first[0] != "column":
-        raise Unsupported("cat along another dimension than the last")
-    values, bounds, start = [], [], 0
-    for part in parts:
-        size = shape(part)[-1] if len(shape(part)) == rank else None
-        if not isinstance(size, int):
-            raise Unsupported("cat of parts of other rank or symbolic size")
-        at = (*s.coords[:-1], ("column", first[1] - start))
-        values.append(s.build.cast(s.read(part, at), s.kind))
-        bounds.append(start - first[1])
-        start += size
-    return s.build.cat(values, tuple(bounds))
-
-
 RULES: dict[str, Rule] = {
     **{name: _binary(name) for name in ("add", "sub", "mul")},
     "maximum": _binary("max"), "minimum": _binary("min"), "rsub": _rsub, "div": _div,
@@ -366,8 +301,7 @@ RULES: dict[str, Rule] = {
     "mean": _reduction("mean"), "sum": _reduction("sum"), "amax": _reduction("max"), "amin": _reduction("min"),
     "var": _var, "layer_norm": _layer_norm, "rms_norm": _rms_norm, "softmax": _softmax(False),
     "_softmax": _softmax(False), "log_softmax": _softmax(True), "_log_softmax": _softmax(True),
-    "unsqueeze": _move(_unsqueeze), "squeeze": _move(_squeeze), "permute": _move(_permute),
-    "transpose": _move(_permute), "slice": _move(_slice), "expand": _expand, "cat": _cat,
+    **MOVES,
 }  # fmt: skip
 
 

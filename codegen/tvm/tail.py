@@ -67,7 +67,7 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
         value = read(build, set(rest), memo, node, at)
         outputs.append(Output(value, False, output_access(len(tensors) + k, space, False)))
     reached = reach([o.value for o in outputs])
-    if result not in reached or any(v.op in ("reduce", "cat") for v in reached):
+    if result not in reached or any(v.op in ("reduce", "cat", "pick", "gather") for v in reached):
         raise Unsupported("the nodes after the product are not pointwise")
     tensors += [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
     loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}

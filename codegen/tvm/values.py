@@ -26,7 +26,8 @@ KINDS = {
 HEAVY = {"exp": 12, "erf": 12, "tanh": 12, "log": 14, "log1p": 16, "expm1": 14, "sigmoid": 14, "div": 4, "sqrt": 4}
 
 Extent = Any  # a static int or a torch.SymInt
-Coordinate = tuple[str, int] | None  # ("row", dimension of the space), ("column", shift), or index zero
+COLUMN, FIXED = -1, -2
+Coordinate = tuple[int, int] | None  # (dimension of the space or COLUMN, shift), (FIXED, index), or index zero
 
 
 class Unsupported(Exception):
@@ -38,7 +39,8 @@ class Value:
     """One value per (row, column), or per row where `vary` is false.
 
     Attributes:
-        op: ``load``, ``const``, ``reduce``, ``cat``, ``product``, or the name of an elementwise operation.
+        op: ``load``, ``gather`` (a load whose first index is a value), ``const``, ``reduce``, ``cat`` (of columns),
+            ``pick`` (of rows), ``product``, or the name of an elementwise operation.
         args: operands.
         attr: what else defines it: input and coordinates, the constant, the kind of reduction, boundaries, a dtype.
         kind: scalar type that it is computed in: float32, int64, int32 or bool.
@@ -100,9 +102,21 @@ class Builder:
         """An element of a region input."""
         if node not in self.region.inputs:
             raise Unsupported(f"{node.name} is read at other elements than its own")
-        kind = KINDS[node.meta["val"].dtype]
-        vary = any(c is not None and c[0] == "column" for c in coords)
+        kind, vary = KINDS[node.meta["val"].dtype], _varies(coords)
         return self._make("load", (), (self.region.inputs.index(node), coords), kind, vary, 0, 1)
+
+    def gather(self, node: fx.Node, index: Value, coords: tuple[Coordinate, ...]) -> Value:
+        """An element of a region input whose first index is a value that is the same in the whole row."""
+        if node not in self.region.inputs or index.vary or index.stage:
+            raise Unsupported(f"{node.name} is looked up by more than one index per row")
+        kind, where = KINDS[node.meta["val"].dtype], (self.region.inputs.index(node), (None, *coords))
+        return self._make("gather", (index,), where, kind, _varies(coords), 0, 1)
+
+    def pick(self, parts: Sequence[Value], at: Coordinate, bounds: tuple[int, ...]) -> Value:
+        """Part k in the rows whose index along the dimension of `at` is bounds[k] or more."""
+        vary, stage = any(p.vary for p in parts), max(p.stage for p in parts)
+        cost = max(p.cost for p in parts)
+        return self._make("pick", tuple(parts), (at, bounds), parts[0].kind, vary, stage, cost)
 
     def product(self, kind: str = "float32") -> Value:
         """The element of a matrix product at this row and column: what the accumulators hold."""
@@ -115,14 +129,18 @@ class Builder:
 
     def identity(self) -> tuple[Coordinate, ...]:
         """The coordinates of the space itself."""
-        rows = [None if is_one(e) else ("row", k) for k, e in enumerate(self.space[:-1])]
-        return (*rows, ("column", 0))
+        rows = [None if is_one(e) else (k, 0) for k, e in enumerate(self.space[:-1])]
+        return (*rows, (COLUMN, 0))
 
     def _make(self, op: str, args: tuple[Value, ...], attr: Any, kind: str, vary: bool, stage: int, cost: int) -> Value:
         key = (op, tuple(map(id, args)), attr, kind)
         if key not in self.table:
             self.table[key] = Value(op, args, attr, kind, vary, stage, cost)
         return self.table[key]
+
+
+def _varies(coords: tuple[Coordinate, ...]) -> bool:
+    return any(c is not None and c[0] == COLUMN for c in coords)
 
 
 def is_one(extent: Extent) -> bool:

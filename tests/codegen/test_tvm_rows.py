@@ -214,3 +214,53 @@ def test_library(tmp_path: Path) -> None:
     out = torch.empty_like(x)
     build.load_library(str(tmp_path / "kernel.so"), kernel.name)(x, out)
     torch.testing.assert_close(out, torch.softmax(x, -1))
+
+
+# --- rows put together, cut and looked up
+
+
+def test_rows_put_together() -> None:
+    token, patches, positions = torch.randn(1, 1, 48), torch.randn(3, 9, 48), torch.randn(1, 10, 48)
+
+    def joined(t: torch.Tensor, p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(torch.cat([t.expand(3, 1, 48), p], 1) + x, (48,))
+
+    check(joined, token, patches, positions)
+    check(lambda t, p, x: torch.cat([p, t.expand(3, 1, 48), p * 2], 1).sum(-1), token, patches, positions)
+
+
+def test_rows_cut_and_put_together() -> None:
+    a, b = torch.randn(2, 7, 4, 33), torch.randn(2, 3, 4, 33)
+    check(lambda a, b: torch.softmax(torch.cat([a[:, 2:6], b[:, -1:]], 1), -1), a, b)
+    check(lambda a, b: a[:, 1:4] * b + a[:, 4:, 1:2], a, b)
+
+
+def test_rows_put_together_of_symbolic_length() -> None:
+    args = (torch.randn(2, 1, 40), torch.randn(2, 9, 40))
+    length = torch.export.Dim("length", min=2, max=64)
+    region, graph = region_of(lambda t, p: torch.cat([t, p], 1).exp(), args, (None, {1: length}))
+    assert BACKEND.supports(region, TARGET) is not None  # the result's length is no input's
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_looked_up_rows_with_norm(kind: torch.dtype) -> None:
+    table, positions, ids = torch.randn(50, 40), torch.randn(12, 40), torch.randint(0, 50, (3, 12), dtype=kind)
+    ids[0, 0], ids[2, 11] = 0, 49
+    check(lambda t, x, i: F.layer_norm(F.embedding(i, t) + x, (40,)), table, positions, ids)
+    check(lambda t, x, i: F.embedding(i, t), table, positions, ids)
+
+
+@pytest.mark.parametrize("wrong", [50, -1])
+def test_an_entry_that_a_table_does_not_have_is_an_error(wrong: int) -> None:
+    table, ids = torch.randn(50, 40), torch.randint(0, 50, (3, 400))
+    ids[1, 7] = wrong
+    region, graph = region_of(lambda t, i: F.embedding(i, t).exp(), (table, ids))
+    for schedule in BACKEND.space(region, TARGET):
+        with pytest.raises(IndexError, match="out of range"):
+            call(BACKEND.lower(region, TARGET, schedule), region, graph, (table, ids))
+
+
+def test_a_look_up_for_some_rows_is_refused() -> None:
+    table, ids, token = torch.randn(50, 40), torch.randint(0, 50, (3, 12)), torch.randn(3, 1, 40)
+    region, _ = region_of(lambda t, i, c: torch.cat([c, F.embedding(i, t)], 1), (table, ids, token))
+    assert "some rows only" in (BACKEND.supports(region, TARGET) or "")

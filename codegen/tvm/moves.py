@@ -1,0 +1,96 @@
+"""Operators that only move elements: the same element, read at other coordinates or looked up in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .values import COLUMN, FIXED, KINDS, Coordinate, Site, Unsupported, Value, is_one, shape
+
+Rule = Callable[[Site], Value]
+
+
+def _move(change: Callable[[Site, list[Coordinate]], list[Coordinate]]) -> Rule:
+    return lambda s: s.read(s.args["self"], tuple(change(s, list(s.coords))))
+
+
+def _unsqueeze(s: Site, at: list[Coordinate]) -> list[Coordinate]:
+    del at[s.args["dim"] % len(at)]
+    return at
+
+
+def _squeeze(s: Site, at: list[Coordinate]) -> list[Coordinate]:
+    rank, dims = len(shape(s.args["self"])), s.args.get("dim", range(len(shape(s.args["self"]))))
+    for d in sorted(d % rank for d in (dims if isinstance(dims, (list, tuple, range)) else [dims])):
+        if shape(s.args["self"])[d] == 1:
+            at.insert(d, None)
+    return at
+
+
+def _permute(s: Site, at: list[Coordinate]) -> list[Coordinate]:
+    rank = len(at)
+    if "dims" in s.args:
+        order = [d % rank for d in s.args["dims"]]
+    else:
+        order = list(range(rank))
+        a, b = s.args["dim0"] % rank, s.args["dim1"] % rank
+        order[a], order[b] = b, a
+    return [at[order.index(d)] for d in range(rank)]
+
+
+def _slice(s: Site, at: list[Coordinate]) -> list[Coordinate]:
+    if s.args["step"] != 1:
+        raise Unsupported("a slice with a step")
+    dim = s.args["dim"] % len(at)
+    size, start, place = shape(s.args["self"])[dim], s.args["start"] or 0, at[dim]
+    if not isinstance(start, int) or (start < 0 and not isinstance(size, int)):
+        raise Unsupported("a slice of symbolic size")
+    start = start + size if start < 0 else start
+    start = max(0, min(start, size) if isinstance(size, int) else start)
+    moved = (FIXED, start) if place is None else (place[0], place[1] + start)
+    return [*at[:dim], moved, *at[dim + 1 :]]
+
+
+def _select(s: Site, at: list[Coordinate]) -> list[Coordinate]:
+    index, source = s.args["index"], shape(s.args["self"])
+    dim = s.args["dim"] % len(source)
+    if not isinstance(index, int) or (index < 0 and not isinstance(source[dim], int)):
+        raise Unsupported("an index of symbolic size")
+    return [*at[:dim], (FIXED, index + source[dim] if index < 0 else index), *at[dim:]]
+
+
+def _expand(s: Site) -> Value:
+    return s.of(s.args["self"], KINDS[s.args["self"].meta["val"].dtype])
+
+
+def _cat(s: Site) -> Value:
+    dim = s.args["dim"] % len(s.coords)
+    first, parts = s.coords[dim] or (FIXED, 0), s.args["tensors"]
+    if first[0] == FIXED:
+        raise Unsupported("one element of a cat")
+    values, bounds, start = [], [], 0
+    for part in parts:
+        if len(shape(part)) != len(s.coords) or not isinstance(start, int):
+            raise Unsupported("cat of parts of other rank or symbolic size")
+        own = None if is_one(shape(part)[dim]) and first[0] != COLUMN else (first[0], first[1] - start)
+        at = (*s.coords[:dim], own, *s.coords[dim + 1 :])
+        values.append(s.build.cast(s.read(part, at), s.kind))
+        bounds.append(start - first[1])
+        start = start + shape(part)[dim]
+    if first[0] != COLUMN:
+        return s.build.pick(values, (first[0], 0), tuple(bounds))
+    if not isinstance(start, int):
+        raise Unsupported("cat of columns of symbolic size")
+    return s.build.cat(values, tuple(bounds))
+
+
+def _embedding(s: Site) -> Value:
+    indices = s.args["indices"]
+    index = s.read(indices, s.coords[: len(shape(indices))])
+    return s.build.gather(s.args["weight"], index, s.coords[len(shape(indices)) :])
+
+
+MOVES: dict[str, Rule] = {
+    "unsqueeze": _move(_unsqueeze), "squeeze": _move(_squeeze), "permute": _move(_permute),
+    "transpose": _move(_permute), "slice": _move(_slice), "select": _move(_select), "expand": _expand, "cat": _cat,
+    "embedding": _embedding,
+}  # fmt: skip
