@@ -23,6 +23,7 @@ from .layout import expression
 from .matmul_family import ConvFamily, MatmulFamily
 from .row_family import RowFamily
 from .values import Unsupported
+from .window_family import GroupNormFamily, WindowFamily
 
 LARGEST = 48  # operators of one kernel: planning and compiling take more than linear time
 
@@ -76,7 +77,9 @@ class Family(Protocol):
 
 
 # the first that claims a region plans it
-FAMILIES: tuple[Family, ...] = (AttentionFamily(), ConvFamily(), MatmulFamily(), RowFamily())
+FAMILIES: tuple[Family, ...] = (
+    AttentionFamily(), ConvFamily(), MatmulFamily(), WindowFamily(), GroupNormFamily(), RowFamily(),
+)  # fmt: skip
 
 
 @dataclass

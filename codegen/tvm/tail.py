@@ -52,7 +52,7 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
     sizes = shape(root)
     space = sizes if order is None else tuple(sizes[d] for d in order)
     build, memo = Builder(region, space), dict[Any, Value]()
-    at = _coordinates(build, order)
+    at = coordinates(build, order)
     tensors = [*(n.meta["val"] for n in region.inputs), *(torch.empty(0) for _ in range(constants))]
     result = summed = build.product(KINDS.get(root.meta["val"].dtype, "float32"))
     if scale is not None:
@@ -74,7 +74,8 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
     return Tail(tensors, outputs, loads, result)
 
 
-def _coordinates(build: Builder, order: tuple[int, ...] | None) -> tuple[Coordinate, ...]:
+def coordinates(build: Builder, order: tuple[int, ...] | None) -> tuple[Coordinate, ...]:
+    """The coordinates of the space itself, for a tensor whose dimensions are in this order in the space."""
     own = build.identity()
     return own if order is None else tuple(own[order.index(d)] for d in range(len(order)))
 

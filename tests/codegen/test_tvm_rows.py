@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("tvm")
 
+from reference import compare, region_of
+
 from torchlathe.codegen.base import Kernel, Region
 from torchlathe.codegen.tvm import build
 from torchlathe.codegen.tvm.backend import TvmBackend
@@ -21,22 +23,6 @@ from torchlathe.targets.target import Target
 TARGET = Target("cpu", "cpu", "generic", 2, {}, 0.0, (), 0, ("float32",), vector_bits=256)
 BACKEND = TvmBackend()
 INF, NAN = math.inf, math.nan
-
-
-class Wrapped(torch.nn.Module):
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: torch.Tensor) -> Any:
-        return self.function(*args)
-
-
-def region_of(function: Callable[..., Any], args: tuple[torch.Tensor, ...], dynamic: Any = None) -> tuple[Region, Any]:
-    shapes = None if dynamic is None else {"args": tuple(dynamic)}
-    exported = torch.export.export(Wrapped(function), args, dynamic_shapes=shapes).run_decompositions({})
-    graph = exported.graph
-    return Region.of(n for n in graph.nodes if n.op == "call_function" and "sym_size" not in str(n.target)), graph
 
 
 def call(kernel: Kernel, region: Region, graph: Any, args: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
@@ -60,19 +46,6 @@ def check(function: Callable[..., Any], *args: torch.Tensor, schedules: int = 2)
         ours = call(BACKEND.lower(region, TARGET, schedule), region, graph, args)[0]
         assert ours.dtype == eager.dtype and ours.shape == eager.shape
         compare(ours, eager, exact)
-
-
-def compare(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> None:
-    if not eager.is_floating_point():
-        assert torch.equal(ours, eager)
-        return
-    assert torch.equal(ours.isnan(), eager.isnan())
-    assert torch.equal(ours[ours.isinf()], eager[ours.isinf()]) and torch.equal(ours.isinf(), eager.isinf())
-    good = eager.isfinite()
-    o, e, x = ours[good].double(), eager[good].double(), exact[good].double()
-    floor = 1e-5 if eager.dtype == torch.float32 else 1e-3
-    limit = 2 * (e - x).abs().max() + floor * x.abs().max().clamp_max(1.0) if good.any() else 0.0
-    assert not good.any() or (o - x).abs().max() <= limit
 
 
 def strange(rows: int = 6, columns: int = 197) -> torch.Tensor:
@@ -238,7 +211,7 @@ def test_rows_cut_and_put_together() -> None:
 def test_rows_put_together_of_symbolic_length() -> None:
     args = (torch.randn(2, 1, 40), torch.randn(2, 9, 40))
     length = torch.export.Dim("length", min=2, max=64)
-    region, graph = region_of(lambda t, p: torch.cat([t, p], 1).exp(), args, (None, {1: length}))
+    region, _ = region_of(lambda t, p: torch.cat([t, p], 1).exp(), args, (None, {1: length}))
     assert BACKEND.supports(region, TARGET) is not None  # the result's length is no input's
 
 
