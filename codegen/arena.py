@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from ..passes.program import Program
+from ..targets.cost import is_free
 from .base import Destination, Region
+from .pages import on_large_pages
 from .select import Choice
+from .source import fast_callable
 
 # operators that return views although their schema does not say so
 SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
@@ -60,7 +64,7 @@ def plan(program: Program, choices: Sequence[Choice]) -> list[Slot]:
     for step, choice in enumerate(choices):
         for node, d in zip(choice.region.outputs, choice.kernel.destinations or (), strict=False):
             if node not in kept and all(isinstance(e, int) for e in d.shape):
-                slots.append(Slot(node, d, _bytes(d), step, last.get(node, step)))
+                slots.append(Slot(node, d, _rounded(d.bytes), step, last.get(node, step)))
     placed: list[Slot] = []
     for slot in sorted(slots, key=lambda s: (-s.size, s.first)):
         slot.offset = _lowest(slot, placed)
@@ -68,9 +72,8 @@ def plan(program: Program, choices: Sequence[Choice]) -> list[Slot]:
     return slots
 
 
-def _bytes(d: Destination) -> int:
-    count = d.dtype.itemsize * math.prod(e for e in d.shape if isinstance(e, int))
-    return max(ALIGNMENT, -(-count // ALIGNMENT) * ALIGNMENT)
+def _rounded(size: int) -> int:
+    return max(ALIGNMENT, -(-size // ALIGNMENT) * ALIGNMENT)
 
 
 def _lowest(slot: Slot, placed: Sequence[Slot]) -> int:
@@ -134,27 +137,64 @@ def verify(slots: Sequence[Slot], regions: Sequence[Region]) -> int:
 
 
 class Arenas:
-    """Blocks for calls that run at the same time: a call takes one and gives it back."""
+    """Blocks for calls that run at the same time: a call takes one and gives it back.
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
-        self.slots = list(slots)
+    Args:
+        slots: results, with offsets.
+        views: nodes whose values are views of results, and of views before them; they are made once per block.
+    """
+
+    def __init__(self, slots: Sequence[Slot], views: Sequence[fx.Node] = ()) -> None:
+        self.slots, self.views = list(slots), list(views)
         self.size = max((s.offset + s.size for s in slots), default=0)
         self._free: list[tuple[torch.Tensor, ...]] = []
         self._lock = threading.Lock()
 
     def take(self) -> tuple[torch.Tensor, ...]:
-        """The results of one call, as tensors into one block, in the order of the slots."""
+        """The results of one call and the views, as tensors into one block, in the order of the slots and views."""
         with self._lock:
             if self._free:
                 return self._free.pop()
         with torch.inference_mode(False):
-            block = torch.empty(self.size + ALIGNMENT, dtype=torch.uint8)
-        start = -block.data_ptr() % ALIGNMENT
-        return tuple(_view(block[start + s.offset : start + s.offset + s.size], s.destination) for s in self.slots)
+            block = on_large_pages(torch.empty(self.size + ALIGNMENT, dtype=torch.uint8))
+            start = -block.data_ptr() % ALIGNMENT
+            made: list[Any] = [_view(block[start + s.offset :][: s.size], s.destination) for s in self.slots]
+            values = dict(zip([s.node for s in self.slots], made, strict=True))
+            for node in self.views:
+                values[node] = evaluate_view(node, values)
+                made.append(values[node])
+        return tuple(made)
 
     def give(self, block: tuple[torch.Tensor, ...]) -> None:
         """Return what `take` gave."""
         self._free.append(block)  # atomic
+
+
+def views_of(slots: Sequence[Slot], choices: Sequence[Choice]) -> list[fx.Node]:
+    """Eager nodes whose values are views of results in the arena, the same in every call.
+
+    An operator that may copy, such as ``reshape``, counts where it gave a view on tensors that lie as the results do.
+    """
+    results = Arenas(slots).take()
+    values: dict[fx.Node, Any] = dict(zip([s.node for s in slots], results, strict=True))
+    memory = {r.untyped_storage().data_ptr() for r in results}
+    found = []
+    for choice in choices:
+        for node in choice.region.nodes if choice.kernel.backend == "eager" else ():
+            if not is_free(node) or not node.all_input_nodes or any(n not in values for n in node.all_input_nodes):
+                continue
+            value = evaluate_view(node, values)
+            tensors = value if isinstance(value, (list, tuple)) else [value]
+            if all(isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() in memory for t in tensors):
+                values[node] = value
+                found.append(node)
+    return found
+
+
+def evaluate_view(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """The value of a node on these values, computed as an executable does."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    return fast_callable(node.target)(*args, **kwargs)
 
 
 def _view(memory: torch.Tensor, d: Destination) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -88,6 +89,12 @@ class Destination:
     shape: tuple[Extent, ...]
     dtype: torch.dtype
     order: tuple[int, ...] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the buffer, 0 if it depends on the inputs."""
+        sizes = [e for e in self.shape if isinstance(e, int)]
+        return math.prod(sizes) * self.dtype.itemsize if len(sizes) == len(self.shape) else 0
 
     def stored(self) -> tuple[Extent, ...]:
         """Sizes in the order in which the dimensions lie in memory."""

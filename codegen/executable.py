@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from ..passes.errors import InputError
 from ..passes.program import Program
-from .arena import Arenas, plan, verify
+from .arena import Arenas, plan, verify, views_of
 from .base import Destination
 from .guards import guard_source
+from .pages import LARGE, on_large_pages
 from .save import save
 from .select import Choice
 from .source import Source, releases
@@ -247,8 +248,8 @@ def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[...
     slots = plan(program, choices)
     if slots:
         verify(slots, [c.region for c in choices])
-        arenas = Arenas(slots)
-        block = {slot.node: f"b{k}" for k, slot in enumerate(slots)}
+        arenas = Arenas(slots, views_of(slots, choices))
+        block = {node: f"b{k}" for k, node in enumerate([*(s.node for s in slots), *arenas.views])}
         source.lines.append(f"block = {source.bind(arenas.take, 'take')}()")
         source.lines.append(f"{', '.join(block.values())}, = block")
     else:
@@ -275,8 +276,11 @@ def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapp
     region, kernel = choice.region, choice.kernel
     if kernel.backend == "eager":
         for node in region.nodes:
-            source.node(node, names)
-        inner = [names[n] for n in region.nodes if n not in region.outputs]
+            if node in block:
+                names[node] = block[node]
+            else:
+                source.node(node, names)
+        inner = [names[n] for n in region.nodes if n not in region.outputs and n not in block]
         if inner:
             source.lines.append(f"del {', '.join(inner)}")
         return
@@ -304,4 +308,7 @@ def _emit_buffers(source: Source, fresh: Sequence[tuple[str, Destination]], inpu
         shape = f"({', '.join(extents)},)" if extents else "()"
         dtype, cpu = source.bind(destination.dtype, "dtype"), source.bind(CPU, "device")
         turned = "" if destination.order is None else f".permute({destination.seen()})"
-        source.lines.append(f"{name} = {empty}({shape}, dtype={dtype}, device={cpu}){turned}")
+        made = f"{empty}({shape}, dtype={dtype}, device={cpu})"
+        if not 0 < destination.bytes < LARGE:
+            made = f"{source.bind(on_large_pages, 'large')}({made})"
+        source.lines.append(f"{name} = {made}{turned}")

@@ -14,6 +14,7 @@ from ..targets.target import Target
 from .base import Backend, Kernel, Region, Schedule
 from .eager import EagerBackend
 from .graph_json import decode_value, encode_value
+from .pages import on_large_pages
 
 Json = Any
 GAIN = 0.97  # a rival must need less than this share of eager's time: a tie goes to the referee
@@ -147,7 +148,7 @@ def allocate(kernel: Kernel, values: Sequence[Any]) -> list[torch.Tensor]:
     buffers = []
     for d in kernel.destinations:
         sizes = [e if isinstance(e, int) else values[e[0]].shape[e[1]] for e in d.stored()]
-        buffer = torch.empty(sizes, dtype=d.dtype)
+        buffer = on_large_pages(torch.empty(sizes, dtype=d.dtype))
         buffers.append(buffer if d.order is None else buffer.permute(d.seen()))
     return buffers
 

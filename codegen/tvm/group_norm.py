@@ -90,8 +90,8 @@ def plan(region: Region) -> GroupNorm:
     strides = [expression(source.meta["val"].stride(d)) for d in order]
     image = Access(region.inputs.index(source), strides, sympy.Integer(0))
     extents = [expression(shape(root)[d]) for d in order]
-    places = [_vector(region, given.get(k)) for k in ("weight", "bias")]
-    return GroupNorm(image, *places, given["num_groups"], given["eps"], extents, tail, order)
+    weight, bias = (_vector(region, given.get(k)) for k in ("weight", "bias"))
+    return GroupNorm(image, weight, bias, given["num_groups"], given["eps"], extents, tail, order)
 
 
 def _vector(region: Region, node: fx.Node | None) -> int | None:
@@ -177,7 +177,8 @@ class _Emitter:
             clear[number] = []
             for low, lanes in self._slots:
                 clear[number] += [assign(group[k, low], Block(lanes).const(0.0)) for k in names]
-        means, join, store, wide = {}, [], [], []
+        means = dict[int, Any]()
+        join, store, wide = list[Any](), list[Any](), list[Any]()
         for low, lanes in self._slots:
             b = Block(lanes)
             means[low] = b.let(take(b, mean, integer(low)))

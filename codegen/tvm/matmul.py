@@ -208,7 +208,8 @@ class _Emitter:
         number, rest, vector, initial = self._operands(left, panel, column, taps)
         start = tile.start(initial if p.dot.shifted else None)
         whole, left_over = divmod(p.depth, p.dot.group)
-        parts = [tile.accumulate(integer(whole), number, vector, p.spread, partial(self._ahead, b, panel, first))]
+        ahead = partial(self._ahead, b, panel, first, self._tap(taps))
+        parts = [tile.accumulate(integer(whole), number, vector, p.spread, ahead)]
         parts += tile.step(rest, vector, integer(whole)) if left_over else []
         body = sequence(parts)
         for tap, (count, _) in zip(reversed(taps), reversed(p.window), strict=True):
@@ -221,10 +222,9 @@ class _Emitter:
         p, lanes, width, step = self.product, self.form.lanes, self.form.width, self.sizes.tir(self.product.left_step)
         steps = -(-p.depth // p.dot.group)
         shift: Any = integer(0)
-        index: Any = integer(0)
-        for tap, (count, stride) in zip(taps, p.window, strict=True):
-            shift, index = shift + tap * self.sizes.tir(stride), index * integer(count) + tap
-        first = panel * integer(p.taps * steps * width) + index * integer(steps * width)
+        for tap, (_, stride) in zip(taps, p.window, strict=True):
+            shift = shift + tap * self.sizes.tir(stride)
+        first = panel * integer(p.taps * steps * width) + self._tap(taps) * integer(steps * width)
 
         def number(one: Block, row: int, k: Any) -> Any:
             if not p.spread:
@@ -246,15 +246,22 @@ class _Emitter:
 
         return number, rest, vector, initial
 
-    def _ahead(self, b: Block, panel: Any, first: Any, k: Any) -> list[Any]:
+    def _tap(self, taps: list[Any]) -> Any:
+        """Number of a position of the window."""
+        number: Any = integer(0)
+        for tap, (count, _) in zip(taps, self.product.window, strict=True):
+            number = number * integer(count) + tap
+        return number
+
+    def _ahead(self, b: Block, panel: Any, first: Any, tap: Any, k: Any) -> list[Any]:
         """Ask for a line of the next panel in each step, so that it comes from memory while this one is used."""
         p, form = self.product, self.form
-        if not p.packed or p.window:
+        if not p.packed or not p.spread:
             return []
-        lines = -(-p.depth // p.dot.group) * form.width * p.dot.stored.itemsize * p.dot.group // LINE
+        lines = p.taps * -(-p.depth // p.dot.group) * form.width * p.dot.stored.itemsize * p.dot.group // LINE
         per = LINE // 4 if p.dot.group > 1 else LINE // p.dot.stored.itemsize
-        tile = tirx.floordiv(first, integer(form.rows))
-        number = tirx.min(tile * integer(p.depth // p.dot.group) + k, integer(lines - 1))
+        tile, steps = tirx.floordiv(first, integer(form.rows)), integer(p.depth // p.dot.group)
+        number = tirx.min((tile * integer(p.taps) + tap) * steps + k, integer(lines - 1))
         at = (panel + integer(1)) * integer(lines * per) + number * integer(per)
         return [prefetch(self.memory.views[self.packed], at)]
 

@@ -28,7 +28,7 @@ from .product import LINEAR, MATRIX, Product, plan
 from .row_family import lanes_of
 from .rules import name_of
 
-TILES = ((6, 4), (12, 2), (9, 3))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
+TILES = ((6, 4), (9, 3), (8, 3), (13, 2), (12, 2))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
 DEPTHWISE = ((8, 1), (4, 1), (14, 1))
 SMALL_TILES = ((4, 2), (6, 1))  # for 16 vector registers
 MOST = ((1, 9), (4_000_000, 1), (40_000_000, 3), (math.inf, 9))  # schedules by floating point operations; 0: unknown

@@ -118,7 +118,7 @@ def plan(region: Region) -> WindowPlan:
     if len(roots) != 1:
         raise Unsupported("not exactly one reduction over windows")
     root, name = roots[0], name_of(roots[0]) or ""
-    source = root.args[0]
+    source: Any = root.args[0]
     dense(root), dense(source)
     if KINDS.get(root.meta["val"].dtype) != "float32" or root.meta["val"].dtype is not source.meta["val"].dtype:
         raise Unsupported(f"a reduction of {source.meta['val'].dtype} to {root.meta['val'].dtype}")

@@ -159,3 +159,38 @@ def test_every_plan_passes_the_verifier(lives: list[tuple[int, int, int]]) -> No
     size = verify(slots, [None] * 20)  # type: ignore[list-item]
     alive = max(sum(s.size for s in slots if s.first <= t <= s.last) for t in range(20))
     assert alive <= size <= sum(s.size for s in slots)
+
+
+class Heads(torch.nn.Module):
+    """Views of results: cut, split into heads, turned; and a reshape that must copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.first(x).split(32, -1)
+        q, k, v = (t.view(2, 9, 4, 8).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k.cos(), v).flip(1)
+        return self.last(y.transpose(1, 2).reshape(2, 9, 32)).sin()
+
+
+def test_views_of_results_are_made_once() -> None:
+    model, args = Heads(), (torch.randn(2, 9, 32),)
+    executable = compiled(model, args)
+    assert "split" not in executable.source and "transpose" not in executable.source.split("flip")[0]
+    for _ in range(3):
+        x = torch.randn(2, 9, 32)
+        torch.testing.assert_close(executable(x), model(x))
+
+
+def test_a_reshape_that_copies_is_made_in_each_call() -> None:
+    class Turned(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.exp() + 1
+            return (y.transpose(1, 2).reshape(2, -1).flip(1) + y.reshape(2, -1).flip(1)).sin()
+
+    executable = compiled(Turned(), (torch.randn(2, 9, 32),))
+    for _ in range(3):
+        x = torch.randn(2, 9, 32)
+        torch.testing.assert_close(executable(x), Turned()(x))
