@@ -16,13 +16,14 @@ from torch import fx
 from tvm import tirx
 
 from ..base import Region
-from .emit import Memory, Row, integer, parallel, parameters, pieces, prim_func, put, serial, take
+from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, serial, take
+from .finish import finish
 from .layout import Access, Sizes, expression
 from .math import Block, assign, on_stack, read, register
 from .rules import name_of
 from .tail import Tail, plan_tail
 from .tile import split
-from .values import KINDS, Unsupported, Value, bound, dense, shape
+from .values import KINDS, Unsupported, bound, dense, shape
 
 WIDEST = 128  # channels of a task, unless one group has more
 
@@ -265,30 +266,11 @@ class _Emitter:
             statements += b.statements
 
         def body(offset: Any, taps: list[Any]) -> list[Any]:
-            head, wide, digits = Block(1), list[Any](), [image, *taps]
-            bases = {v: head.let(self._walk(a, digits)) for v, a in norm.tail.loads.items()}
-            ends = [head.let(self._walk(o.access, digits)) for o in norm.tail.outputs]
-
-            def offsets(v: Value) -> tuple[Any, Any]:
-                return bases[v], self.sizes.tir(norm.tail.loads[v].strides[-1])
-
-            lines = Row(head, self.memory, offsets, self.form.lanes, 1)
-            for low, lanes in self._slots:
-                b = Block(lanes)
+            def normal(b: Block, low: int) -> Any:
                 mean, error, scale, shift = factors[low]
                 x = b.let((self._load(b, base + offset, low) - mean - error) * scale)
-                memo = {norm.tail.result: x if shift is None else b.let(x + shift)}
-                at = b.let(first + integer(low))
-                for o, end in zip(norm.tail.outputs, ends, strict=True):
-                    self.memory.store(b, o.access.buffer, end + at, lines.element(b, o.value, at, low, memo, 0))
-                wide += b.statements
-            return [*head.statements, *wide]
+                return x if shift is None else b.let(x + shift)
+
+            return finish(norm.tail, self.memory, self.sizes, [image, *taps], first, self._slots, normal)
 
         return [*statements, *self._pixels(body)]
-
-    def _walk(self, access: Access, digits: list[Any]) -> Any:
-        base = self.sizes.tir(access.shift)
-        for digit, stride in zip(digits, access.strides[:-1], strict=True):
-            if stride != 0:
-                base = base + digit * self.sizes.tir(stride)
-        return base

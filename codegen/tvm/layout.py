@@ -66,6 +66,14 @@ class Sizes:
             return self.tir(expr.base) * self.tir(expr.base ** (expr.exp - 1))
         raise Unsupported(f"the size {expr} is not the size of an input")
 
+    def offset(self, access: Access, digits: Sequence[Any], shift: bool = True) -> Any:
+        """Where an access is at these indices of the leading dimensions; with or without its constant part."""
+        base = self.tir(access.shift) if shift else tirx.IntImm("int64", 0)
+        for digit, stride in zip(digits, access.strides, strict=False):
+            if stride != 0:
+                base = base + (digit if stride == 1 else digit * self.tir(stride))
+        return base
+
 
 @dataclass
 class Access:

@@ -13,12 +13,12 @@ from tvm import tirx
 
 from .border import buffer_of, copy_with_zeros
 from .dots import WEIGHT_INT8, prefetch, with_declaration, word
-from .emit import Memory, Row, integer, parallel, pieces, prim_func, put, sequence, serial, take, viewed
-from .layout import Access, Sizes, parameter
+from .emit import Memory, integer, parallel, pieces, prim_func, put, sequence, serial, take, viewed
+from .finish import finish
+from .layout import Sizes, parameter
 from .math import Block, on_stack
 from .product import Product
 from .tile import Tile, halvings, split
-from .values import Value
 
 LINE = 64  # bytes of a cache line
 SHORT_TAIL = 8  # vector instructions per element up to which the tail is unrolled with the tile
@@ -164,7 +164,7 @@ class _Emitter:
         self.scratch = tirx.decl_buffer((steps * form.width,), kind, "panel", data_alignment=64)
         b = Block(1)
         step, across = (self.sizes.tir(s) for s in p.right_steps)
-        base = b.let(self._offset(p.right, self.digits) + panel * integer(form.width) * across)
+        base = b.let(self.sizes.offset(p.right, self.digits) + panel * integer(form.width) * across)
         k, column, wide = tirx.Var("k", "int64"), tirx.Var("column", "int64"), Block(form.lanes)
         done = 0
         if p.right_steps[1] == 1 and dot.group == 1:  # rows of the operand are vectors
@@ -203,13 +203,13 @@ class _Emitter:
         tile = Tile(height, vectors, form.lanes, p.dot)
         first = b.let(low)
         walks = [self._row_digits(b, first + integer(i)) for i in range(height)]
-        left = [b.let(self._offset(p.left, [*self.digits, *w])) for w in walks]
+        left = [b.let(self.sizes.offset(p.left, [*self.digits, *w])) for w in walks]
         column, taps = b.let(panel * integer(form.width)), [tirx.Var(f"tap{d}", "int64") for d in range(len(p.window))]
         number, rest, vector, initial = self._operands(left, panel, column, taps)
         start = tile.start(initial if p.dot.shifted else None)
         whole, left_over = divmod(p.depth, p.dot.group)
         ahead = partial(self._ahead, b, panel, first, self._tap(taps))
-        parts = [tile.accumulate(integer(whole), number, vector, p.spread, ahead)]
+        parts = [tile.accumulate(integer(whole), number, vector, ahead)]
         parts += tile.step(rest, vector, integer(whole)) if left_over else []
         body = sequence(parts)
         for tap, (count, _) in zip(reversed(taps), reversed(p.window), strict=True):
@@ -227,8 +227,6 @@ class _Emitter:
         first = panel * integer(p.taps * steps * width) + self._tap(taps) * integer(steps * width)
 
         def number(one: Block, row: int, k: Any) -> Any:
-            if not p.spread:
-                return take(one, self.left, left[row] + shift + column)
             return self._number(one, left[row] + shift, k, step, p.dot.group)
 
         def rest(one: Block, row: int, k: Any) -> Any:
@@ -256,7 +254,7 @@ class _Emitter:
     def _ahead(self, b: Block, panel: Any, first: Any, tap: Any, k: Any) -> list[Any]:
         """Ask for a line of the next panel in each step, so that it comes from memory while this one is used."""
         p, form = self.product, self.form
-        if not p.packed or not p.spread:
+        if not p.packed:
             return []
         lines = p.taps * -(-p.depth // p.dot.group) * form.width * p.dot.stored.itemsize * p.dot.group // LINE
         per = LINE // 4 if p.dot.group > 1 else LINE // p.dot.stored.itemsize
@@ -285,13 +283,6 @@ class _Emitter:
         p = self.product
         return split(b, b.let(row), [self.sizes.tir(e) for e in p.extents[p.batch : -1]])
 
-    def _offset(self, access: Access, digits: list[Any]) -> Any:
-        base = self.sizes.tir(access.shift)
-        for digit, stride in zip(digits, access.strides, strict=False):
-            if stride != 0:
-                base = base + (digit if stride == 1 else digit * self.sizes.tir(stride))
-        return base
-
     def _stores(self, tile: Tile, first: Any, walks: list[list[Any]], column: Any, valid: int) -> list[Any]:
         """The fused tail of a tile. A long one is a loop over the rows, which keeps the code small."""
         lanes = self.form.lanes
@@ -319,24 +310,5 @@ class _Emitter:
 
     def _store(self, sums: Callable[[Block, int], Any], row: list[Any], column: Any, valid: int) -> list[Any]:
         """The fused tail of one row; `sums` gives the accumulated lanes from a column of the tile on."""
-        p, head, known = self.product, Block(1), dict[int, Any]()
-        digits = [*self.digits, *row]
-
-        def bound(access: Access) -> Any:
-            if id(access) not in known:
-                known[id(access)] = head.let(self._offset(access, digits))
-            return known[id(access)]
-
-        def offsets(v: Value) -> tuple[Any, Any]:
-            return bound(p.tail.loads[v]), self.sizes.tir(p.tail.loads[v].strides[-1])
-
-        lines = Row(head, self.memory, offsets, self.form.lanes, 1)
-        wide: list[Any] = []
-        for low, lanes in pieces(valid, self.form.lanes):
-            b = Block(lanes)
-            memo = {p.tail.result: sums(b, low)}
-            for o in p.tail.outputs:
-                at = b.let(column + integer(low))
-                self.memory.store(b, o.access.buffer, bound(o.access) + at, lines.element(b, o.value, at, low, memo, 0))
-            wide += b.statements
-        return [*head.statements, *wide]
+        slots = pieces(valid, self.form.lanes)
+        return finish(self.product.tail, self.memory, self.sizes, [*self.digits, *row], column, slots, sums)

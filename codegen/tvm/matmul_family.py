@@ -22,14 +22,15 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from . import conv_plan
 from .conv_plan import CONVOLUTIONS
+from .depthwise import ORDER, Depthwise, DepthwiseLowering
 from .dots import pack, start_of
 from .matmul import Form, function
 from .product import LINEAR, MATRIX, Product, plan
 from .row_family import lanes_of
 from .rules import name_of
+from .values import Unsupported
 
 TILES = ((6, 4), (9, 3), (8, 3), (13, 2), (12, 2))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
-DEPTHWISE = ((8, 1), (4, 1), (14, 1))
 SMALL_TILES = ((4, 2), (6, 1))  # for 16 vector registers
 MOST = ((1, 9), (4_000_000, 1), (40_000_000, 3), (math.inf, 9))  # schedules by floating point operations; 0: unknown
 BLOCK_COLUMNS = 192  # of one task when rows are cut into blocks
@@ -59,9 +60,14 @@ class ConvFamily:
         """Whether a convolution is in the region."""
         return any(name_of(n) in CONVOLUTIONS for n in region.nodes)
 
-    def plan(self, region: Region, program: Program | None, target: Target) -> MatmulLowering:
-        """The convolution as a product. Raises Unsupported."""
-        return MatmulLowering(conv_plan.plan(region, program, lanes_of(target)), program, conv_plan.ORDER)
+    def plan(self, region: Region, program: Program | None, target: Target) -> MatmulLowering | DepthwiseLowering:
+        """The convolution as a product, or channel by channel. Raises Unsupported."""
+        if program is None:
+            raise Unsupported("a convolution whose weight is not a constant")
+        found = conv_plan.plan(region, program)
+        if isinstance(found, Depthwise):
+            return DepthwiseLowering(found, program)
+        return MatmulLowering(found, program, ORDER)
 
 
 @dataclass
@@ -89,7 +95,7 @@ class MatmulLowering:
     def _all(self, target: Target) -> Iterable[Schedule]:
         product, rows = self.product, self.product.rows
         seen = set()
-        for height, vectors in _tiles(target, rows) if product.spread else DEPTHWISE:
+        for height, vectors in _tiles(target, rows):
             vectors = min(vectors, -(-product.columns // lanes_of(target)))
             panels = -(-product.columns // (vectors * lanes_of(target)))
             for tiles, group in _cuts(product, height, panels, target):

@@ -66,7 +66,6 @@ class Product:
         depth: size of the dimension that is summed over, for one tap.
         window: (taps, stride of the left operand) of each dimension of a convolution's window.
         border: how the left operand is copied with zeros around it first, None if it is read in place.
-        spread: whether numbers of the left operand are broadcast; a depthwise convolution reads vectors instead.
         dot: how elements are multiplied.
     """
 
@@ -82,7 +81,6 @@ class Product:
     depth: int
     window: tuple[tuple[int, sympy.Expr], ...] = ()
     border: Border | None = None
-    spread: bool = True
     dot: Dot = PLAIN
 
     @property

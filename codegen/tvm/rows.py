@@ -113,7 +113,7 @@ class _Emitter:
         digits = self._digits(block, block.let(index))
         if pick is None:
             return [*block.statements, *self._passes(digits, 0, low, high)]
-        place, bounds = block.let(self._base(self.plan.loads[pick], digits)), pick.attr[1]
+        place, bounds = block.let(self.sizes.offset(self.plan.loads[pick], digits)), pick.attr[1]
         chain = sequence(self._passes(digits, len(bounds) - 1, low, high))
         for part in reversed(range(len(bounds) - 1)):
             own = sequence(self._passes(digits, part, low, high))
@@ -126,7 +126,7 @@ class _Emitter:
         def offset(a: Access) -> Any:
             key = str((a.strides[:-1], a.shift))
             if key not in bases:
-                bases[key] = block.let(self._base(a, digits))
+                bases[key] = block.let(self.sizes.offset(a, digits))
             return bases[key]
 
         def offsets(v: Value) -> tuple[Any, Any]:
@@ -146,13 +146,6 @@ class _Emitter:
                 self.memory.store(block, o.access.buffer, offset(o.access), row.scalar(o.value))
         return block.statements
 
-    def _base(self, a: Access, digits: list[Any]) -> Any:
-        base = self.sizes.tir(a.shift)
-        for digit, stride in zip(digits, a.strides[:-1], strict=True):
-            if stride != 0:
-                base = base + digit * self.sizes.tir(stride)
-        return base
-
     def _table_step(self, v: Value) -> sympy.Expr:
         return expression(self.plan.tensors[v.attr[0]].stride(0))
 
@@ -165,7 +158,7 @@ class _Emitter:
             return []
         bad, index, b = register("int32"), tirx.Var("row", "int64"), Block(1)
         digits = self._digits(b, index)
-        row = Row(b, self.memory, lambda v: (self._base(self.plan.loads[v], digits), None), 1, 1)
+        row = Row(b, self.memory, lambda v: (self.sizes.offset(self.plan.loads[v], digits), None), 1, 1)
         for v, size in self.plan.gathers:
             entry = tirx.Cast("int64", row.scalar(v.args[0]))
             wrong = tirx.Or(entry < integer(0), entry >= self.sizes.tir(size))

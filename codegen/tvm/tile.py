@@ -47,21 +47,21 @@ class Tile:
             b.statements += [on_stack(r), assign(r, firsts[k % self.vectors])]
         return b.statements
 
-    def accumulate(self, depth: Any, number: Number, vector: Vector, spread: bool = True,
+    def accumulate(self, depth: Any, number: Number, vector: Vector,
                    also: Callable[[Any], list[Any]] = lambda step: []) -> Any:  # fmt: skip
         """The loop that adds `depth` outer products of numbers and vectors; `also` gives more to do in each step."""
         k = tirx.Var("k", "int64")
-        return serial(k, depth, [*also(k), *self.step(number, vector, k, spread)])
+        return serial(k, depth, [*also(k), *self.step(number, vector, k)])
 
-    def step(self, number: Number, vector: Vector, k: Any, spread: bool = True) -> list[Any]:
-        """One outer product. Without `spread`, `number` gives one vector for each row, and the tile has one per row."""
+    def step(self, number: Number, vector: Vector, k: Any) -> list[Any]:
+        """One outer product."""
         b = Block(self.lanes)
         loaded = [b.let(vector(b, v, k)) for v in range(self.vectors)]
         for row in range(self.rows):
-            one = Block(1) if spread else b
+            one = Block(1)
             value = number(one, row, k)
-            b.statements += one.statements if spread else []
-            factor = b.let(b.spread(value) if spread else value)
+            b.statements += one.statements
+            factor = b.let(b.spread(value))
             for v in range(self.vectors):
                 total = multiply_add(self.dot, b, self.value(row, v), factor, loaded[v])
                 b.statements.append(assign(self._at(row, v), total))

@@ -10,6 +10,7 @@ from tvm import tirx
 
 from . import math as vector
 from .emit import NEUTRAL, Memory, Row, integer, parallel, parameters, pieces, prim_func, serial
+from .finish import finish
 from .layout import Access, Sizes
 from .math import Block, assign, on_stack, read, register
 from .tile import split
@@ -68,7 +69,7 @@ class _Emitter:
         ranges = [_taps(head, w, at, self.sizes) for w, at in zip(plan.windows[:-1], places, strict=True)]
         starts = [head.let(at * integer(w.stride) - integer(w.before))
                   for w, at in zip(plan.windows[:-1], places, strict=True)]  # fmt: skip
-        bases = {v: head.let(self._walk(a, starts)) for v, a in plan.loads.items()}
+        bases = {v: head.let(self.sizes.offset(a, starts)) for v, a in plan.loads.items()}
         loops = [k for k, w in enumerate(plan.windows[:-1]) if w.taps != 1]
         head.statements += self._nest(loops, {}, ranges, bases, start, slots, totals)
         return [*head.statements, *self._finish(digits, ranges, start, slots, totals)]
@@ -129,7 +130,7 @@ class _Emitter:
         """Combine one tap of every column into its accumulator."""
         head = Block(1)
         shifts = [taps.get(k, integer(0)) * integer(w.dilation) for k, w in enumerate(self.plan.windows[:-1])]
-        moved = {v: head.let(bases[v] + self._walk(a, shifts, fixed=False)) for v, a in self.plan.loads.items()}
+        moved = {v: head.let(bases[v] + self.sizes.offset(a, shifts, shift=False)) for v, a in self.plan.loads.items()}
         lines = Row(head, self.memory, self._reader(moved, self.plan.loads), self.form.lanes, 1)
         wide: list[Any] = []
         for (low, lanes), total in zip(slots, totals, strict=True):
@@ -142,22 +143,15 @@ class _Emitter:
     def _finish(self, digits: list[Any], ranges: list[tuple[Any, Any]], start: Any, slots: list[tuple[int, int]],
                 totals: list[Any]) -> list[Any]:  # fmt: skip
         """Divide, apply the tail, store."""
-        tail, head = self.plan.tail, Block(1)
+        head, registers = Block(1), dict(zip([low for low, _ in slots], totals, strict=True))
         factor = self._factor(head, ranges)
-        bases = {v: head.let(self._walk(a, digits)) for v, a in tail.loads.items()}
-        ends = [head.let(self._walk(o.access, digits)) for o in tail.outputs]
-        lines = Row(head, self.memory, self._reader(bases, tail.loads), self.form.lanes, 1)
-        wide: list[Any] = []
-        for (low, lanes), total in zip(slots, totals, strict=True):
-            b = Block(lanes)
-            result = read(total)
-            if factor is not None:
-                result = b.let(tirx.Div(result, b.spread(factor)))
-            memo, at = {tail.result: result}, b.let(start + integer(low))
-            for o, base in zip(tail.outputs, ends, strict=True):
-                self.memory.store(b, o.access.buffer, base + at, lines.element(b, o.value, at, low, memo, 0))
-            wide += b.statements
-        return [*head.statements, *wide]
+
+        def combined(b: Block, low: int) -> Any:
+            total = read(registers[low])
+            return total if factor is None else b.let(tirx.Div(total, b.spread(factor)))
+
+        rest = finish(self.plan.tail, self.memory, self.sizes, digits, start, slots, combined)
+        return [*head.statements, *rest]
 
     def _factor(self, b: Block, ranges: list[tuple[Any, Any]]) -> Any:
         """What sums are divided by."""
@@ -170,14 +164,6 @@ class _Emitter:
         for low, high in ranges:
             count = count * (high - low)
         return b.let(tirx.Cast("float32", count))
-
-    def _walk(self, access: Access, indices: list[Any], fixed: bool = True) -> Any:
-        """Offset of an element whose column is zero."""
-        base = self.sizes.tir(access.shift) if fixed else integer(0)
-        for index, stride in zip(indices, access.strides, strict=False):
-            if stride != 0:
-                base = base + index * self.sizes.tir(stride)
-        return base
 
     def _reader(self, bases: dict[Value, Any], loads: dict[Value, Access]) -> Callable[[Value], tuple[Any, Any]]:
         return lambda v: (bases[v], self.sizes.tir(loads[v].strides[-1]))

@@ -17,6 +17,7 @@ from torchlathe.codegen.tvm.backend import TvmBackend
 from torchlathe.passes.capture import capture
 from torchlathe.targets.target import Target
 
+LAST = torch.channels_last
 TARGET = Target("cpu", "cpu", "generic", 2, {}, 0.0, (32768, 1 << 20), 0, (), vector_bits=256)
 
 
@@ -51,7 +52,7 @@ def check(net: Conv, *args: torch.Tensor, dynamic: Any = None, calls: Any = None
             exact = net.double()(*(v.double() for v in values))
             net.float()
             assert ours.shape == eager.shape
-            assert ours.is_contiguous(memory_format=torch.channels_last) or 1 in ours.shape
+            assert ours.is_contiguous(memory_format=LAST) or 1 in ours.shape
             limit = 2 * (eager - exact).abs().max() + 1e-5 * exact.abs().max()
             assert (ours - exact).abs().max() <= limit, str(schedule)
     return len(schedules)
@@ -81,19 +82,19 @@ def test_depthwise(channels: int, options: dict[str, Any]) -> None:
     rest = {k: v for k, v in options.items() if k != "window"}
     net = Conv((channels, channels), options["window"], groups=channels, **rest)
     check(net, image(channels))
-    check(net, image(channels).contiguous(memory_format=torch.channels_last))
+    check(net, image(channels).contiguous(memory_format=LAST))
 
 
 def test_layouts_of_the_image() -> None:
     net = Conv((16, 8), 3, padding=1)
-    check(net, image(16).contiguous(memory_format=torch.channels_last))
+    check(net, image(16).contiguous(memory_format=LAST))
     check(net, image(32)[:, ::2])
     check(net, image(16, 18, 22)[:, :, ::2, 1::2])
-    check(Conv((16, 8), 1), image(16).contiguous(memory_format=torch.channels_last))
+    check(Conv((16, 8), 1), image(16).contiguous(memory_format=LAST))
 
 
 def test_tail_is_fused() -> None:
-    residual = image(24).contiguous(memory_format=torch.channels_last)
+    residual = image(24).contiguous(memory_format=LAST)
     check(Conv((16, 24), 1, lambda y, r: torch.relu(y + r)), image(16), residual)
     check(Conv((16, 24), 3, lambda y, r: torch.relu(y + r), padding=1), image(16), image(24))
     check(Conv((16, 16), 3, lambda y: F.hardtanh(y, 0.0, 6.0), groups=16, padding=1), image(16))
@@ -110,6 +111,24 @@ def test_a_frame_of_zeros_is_part_of_the_window() -> None:
     check(Framed((8, 8), 3, padding=1, groups=8), image(8))
 
 
+@pytest.mark.parametrize("groups", [1, 8])
+@pytest.mark.parametrize("window", [3, 4, (2, 5)])
+def test_padding_by_name(groups: int, window: Any) -> None:
+    check(Conv((8, 8), window, padding="same", groups=groups), image(8))
+    check(Conv((8, 8), window, padding="valid", groups=groups, stride=2), image(8))
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5, 8, 9, 30])
+def test_depthwise_rows_of_all_lengths(columns: int) -> None:
+    for options in ({"padding": 1}, {"padding": (1, 2), "stride": 2}, {"padding": 2, "dilation": 2}):
+        check(Conv((10, 10), 3, groups=10, **options), image(10, columns=columns).contiguous(memory_format=LAST))
+
+
+def test_a_window_larger_than_the_image() -> None:
+    check(Conv((9, 9), 7, padding=3, groups=9), image(9, rows=2, columns=3))
+    check(Conv((9, 5), 7, padding=3), image(9, rows=2, columns=3))
+
+
 def test_batch_known_at_run_time() -> None:
     for net in (Conv((8, 12), 3, padding=1), Conv((8, 8), 3, padding=1, groups=8), Conv((8, 12), 1)):
         calls = [(image(8, batch=n),) for n in (2, 3, 5)]
@@ -119,7 +138,6 @@ def test_batch_known_at_run_time() -> None:
 @pytest.mark.parametrize(("net", "reason"), [
     (Conv((8, 8), 3, groups=2), "not depthwise"),
     (Conv((8, 16), 3, groups=8), "not depthwise"),
-    (Conv((8, 8), 3, padding="same"), "padding by name"),
     (Conv((8, 8), 3, lambda y: y.mean(-1)), "has no rule|shape|pointwise"),
 ])  # fmt: skip
 def test_refusals_name_the_reason(net: Conv, reason: str) -> None:

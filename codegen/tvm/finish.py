@@ -1,0 +1,43 @@
+"""The end of every kernel that combines: apply the tail to what was combined, and store it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .emit import Memory, Row
+from .layout import Access, Sizes
+from .math import Block
+from .tail import Tail
+from .values import Value
+
+
+def finish(tail: Tail, memory: Memory, sizes: Sizes, digits: Sequence[Any], start: Any,
+           slots: Sequence[tuple[int, int]], combined: Callable[[Block, int], Any]) -> list[Any]:  # fmt: skip
+    """Statements that finish one row of the result.
+
+    Args:
+        digits: index of the row along each dimension of the space but the columns.
+        start: first column.
+        slots: (columns after `start`, lanes) of each vector.
+        combined: the combined lanes of the vector that begins so many columns after `start`.
+    """
+    head, known = Block(1), dict[int, Any]()
+
+    def base(access: Access) -> Any:
+        if id(access) not in known:
+            known[id(access)] = head.let(sizes.offset(access, digits))
+        return known[id(access)]
+
+    def offsets(v: Value) -> tuple[Any, Any]:
+        return base(tail.loads[v]), sizes.tir(tail.loads[v].strides[-1])
+
+    lines, wide = Row(head, memory, offsets, slots[0][1], 1), list[Any]()
+    for low, lanes in slots:
+        b = Block(lanes)
+        memo = {tail.result: combined(b, low)}
+        for o in tail.outputs:
+            at = b.let(start + low)
+            memory.store(b, o.access.buffer, base(o.access) + at, lines.element(b, o.value, at, low, memo, 0))
+        wide += b.statements
+    return [*head.statements, *wide]
