@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..passes.errors import ArtefactError
+from ..passes.ops import NAMESPACE, linear_int4
 
 _OVERLOAD = re.compile(r"([a-z]+)\.(\w+)\.(\w+)", re.ASCII)
 
@@ -66,8 +67,10 @@ def operator_of(name: str) -> Callable[..., Any]:
     if name in FUNCTIONS:
         return FUNCTIONS[name]
     found = _OVERLOAD.fullmatch(name)
-    if found is None or found[1] not in ("aten", "mkldnn", "torchlathe"):
+    if found is None or found[1] not in ("aten", "mkldnn", NAMESPACE):
         raise _refusal(name, "it is not in the allow-list")
+    if found[1] == NAMESPACE:
+        linear_int4()  # defines the operators of this package
     packet = getattr(getattr(torch.ops, found[1]), found[2], None)
     if not isinstance(packet, torch._ops.OpOverloadPacket) or found[3] not in packet.overloads():
         raise ArtefactError(f"torch {torch.__version__} has no operator {name}",
@@ -83,7 +86,7 @@ def _reason_against(target: torch._ops.OpOverload) -> str | None:
     name = schema.name.split("::")[1]
     if target.namespace == "mkldnn":
         return None if name in MKLDNN else "it is not in the allow-list"
-    if target.namespace not in ("aten", "torchlathe"):
+    if target.namespace not in ("aten", NAMESPACE):
         return f"operators of {target.namespace} are not in the allow-list"
     if schema.is_mutable:
         return "it writes into its arguments"

@@ -52,9 +52,15 @@ class Dot:
     operand: str = ""
     shifted: bool = False
 
+    @property
+    def constants(self) -> int:
+        """Tensors that a constant right operand becomes."""
+        return 2 if self.shifted or self.name == "weight-int4" else 1
+
 
 PLAIN = Dot("float32")
 WEIGHT_INT8 = Dot("weight-int8", stored=torch.int8)
+WEIGHT_INT4 = Dot("weight-int4", stored=torch.uint8)
 BFLOAT16 = Dot("bfloat16", 2, "float32", torch.bfloat16, "llvm.x86.avx512bf16.dpbf16ps.{bits}", "bfloat")
 BYTES = Dot("int8", 4, "int32", torch.int8, "llvm.x86.avx512.vpdpbusd.{bits}", "i8", True)
 WORDS = Dot("int8-as-int16", 2, "int32", torch.int16, "llvm.x86.avx512.pmaddw.d.512", "i16")
@@ -63,8 +69,8 @@ WORDS_256 = Dot("int8-as-int16", 2, "int32", torch.int16, "llvm.x86.avx2.pmadd.w
 
 def dot_of(left: torch.dtype, right: torch.dtype, target: Target) -> Dot:
     """The fastest way to multiply operands of these types on a target. Raises Unsupported."""
-    if left in FLOATS and right is torch.int8:
-        return WEIGHT_INT8
+    if left in FLOATS and right in (torch.int8, torch.uint8):
+        return WEIGHT_INT8 if right is torch.int8 else WEIGHT_INT4
     if left in FLOATS and left is right:
         fits = "avx512_bf16" in target.features and (target.vector_bits == 512 or "avx512vl" in target.features)
         return BFLOAT16 if left is torch.bfloat16 and fits else PLAIN
@@ -146,6 +152,13 @@ def pack(matrix: torch.Tensor, width: int, dot: Dot) -> torch.Tensor:
     padded[:depth, :columns] = matrix
     panels = padded.view(steps, dot.group, count, width).permute(2, 0, 3, 1).contiguous()
     return panels.squeeze(-1) if dot.group == 1 else panels.view(torch.int32).squeeze(-1)
+
+
+def pack_levels(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor,
+                width: int) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """A weight of four bits (see `passes.ops.linear_int4`) and its scales and offsets, [panels, 2 groups, width]."""
+    lines = torch.stack([scale.t(), offset.t()], 1).flatten(0, 1)
+    return pack(weight.t(), width, WEIGHT_INT4), pack(lines, width, PLAIN)
 
 
 def start_of(matrix: torch.Tensor, width: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import sympy
 import torch
 from tvm import tirx
 
+from . import levels
 from .border import buffer_of, copy_with_zeros
 from .dots import WEIGHT_INT8, prefetch, with_declaration, word
 from .emit import Memory, integer, parallel, pieces, prim_func, put, sequence, serial, take, viewed
@@ -22,6 +23,7 @@ from .tile import Tile, halvings, split
 
 LINE = 64  # bytes of a cache line
 SHORT_TAIL = 8  # vector instructions per element up to which the tail is unrolled with the tile
+UNPACKED_FROM = 32  # rows from which on a panel of four-bit weights is written out as float32 before it is used
 STACK = 32768  # bytes of a packed panel that may lie in the frame of a task
 
 
@@ -49,27 +51,33 @@ class Form:
 def function(product: Product, name: str, form: Form) -> Any:
     """The complete PrimFunc; parameters are inputs, the packed weight if there is one, outputs."""
     sizes = Sizes()
-    dot, outputs = product.dot, len(product.tail.outputs)
-    position = len(product.tensors) - outputs - (2 if dot.shifted else 1)
-    packed_type = "int32" if dot.group > 1 else str(dot.stored).removeprefix("torch.")
-    panels = form.panels_of(product.columns)
-    buffers = []
+    position = len(product.tensors) - len(product.tail.outputs) - product.dot.constants
+    buffers: list[Any] = []
+    dtypes = [t.dtype for t in product.tensors]
+    stored = dict(enumerate(_stored(product, form), position)) if product.packed else {}
     for k, tensor in enumerate(product.tensors):
-        if product.packed and k == position:
-            sizes_of = [panels, product.taps * -(-product.depth // dot.group), form.width]
-            buffers.append(tirx.decl_buffer([integer(n) for n in sizes_of], packed_type, "packed", data_alignment=1))
-        elif product.packed and dot.shifted and k == position + 1:
-            buffers.append(tirx.decl_buffer([integer(panels * form.width)], "int32", "start", data_alignment=4))
+        if k in stored:
+            shape, dtypes[k] = stored[k]
+            kind = str(dtypes[k]).removeprefix("torch.")
+            buffers.append(tirx.decl_buffer([integer(n) for n in shape], kind, f"packed{k - position}",
+                                            data_alignment=dtypes[k].itemsize))  # fmt: skip
         else:
             buffers.append(parameter(f"t{k}", tensor, sizes))
-    dtypes = [t.dtype for t in product.tensors]
-    if product.packed:
-        dtypes[position] = torch.int32 if dot.group > 1 else dot.stored
-    if dot.shifted:
-        dtypes[position + 1] = torch.int32
     buffers, memory = viewed(buffers, dtypes)
     statements = _Emitter(product, form, sizes, memory, position).statements()
-    return prim_func(name, buffers, memory, statements, partial(with_declaration, dot, form.lanes))
+    return prim_func(name, buffers, memory, statements, partial(with_declaration, product.dot, form.lanes))
+
+
+def _stored(product: Product, form: Form) -> list[tuple[list[int], torch.dtype]]:
+    """Shapes and types of the tensors that a constant right operand becomes."""
+    panels, dot = form.panels_of(product.columns), product.dot
+    kind = torch.int32 if dot.group > 1 else dot.stored
+    found = [([panels, product.taps * product.steps, form.width], kind)]
+    if dot.shifted:
+        found.append(([panels * form.width], torch.int32))
+    if product.levels is not None:
+        found.append(([panels, 2 * product.levels[2], form.width], torch.float32))
+    return found
 
 
 @dataclass
@@ -157,6 +165,9 @@ class _Emitter:
         """Statements that make the right operand's panel readable in vectors: nothing for a packed weight."""
         p, form, dot = self.product, self.form, self.product.dot
         self.scratch = None
+        if p.levels is not None and (p.rows is None or p.rows >= UNPACKED_FROM):
+            self.scratch = tirx.decl_buffer((p.depth * form.width,), "float32", "panel", data_alignment=64)
+            return [tirx.AllocBuffer(self.scratch), self._each_input(panel, self._unpack)]
         if p.packed:
             return []
         steps = -(-p.depth // dot.group)
@@ -181,6 +192,17 @@ class _Emitter:
         small = steps * form.width * 4 <= STACK
         frame = on_stack(self.scratch) if small else tirx.AllocBuffer(self.scratch)
         return [frame, *b.statements, serial(k, integer(steps), wide.statements)]
+
+    def _each_input(self, panel: Any, use: levels.Use) -> Any:
+        shape = self.form.vectors, self.form.lanes
+        return levels.each_input(self.product, self.memory, self.packed, panel, shape, use)
+
+    def _unpack(self, k: Any, vector: levels.Vector) -> list[Any]:
+        """Write one input's line of a panel as float32."""
+        b = Block(self.form.lanes)
+        for v in range(self.form.vectors):
+            put(b, self.scratch, k * integer(self.form.width) + integer(v * self.form.lanes), vector(b, v))
+        return b.statements
 
     def _column(self, one: Block, base: Any, k: Any, step: Any, inside: Any) -> Any:
         """One column of the right operand in step `k`: a number, or a group of elements in one."""
@@ -209,8 +231,11 @@ class _Emitter:
         start = tile.start(initial if p.dot.shifted else None)
         whole, left_over = divmod(p.depth, p.dot.group)
         ahead = partial(self._ahead, b, panel, first, self._tap(taps))
-        parts = [tile.accumulate(integer(whole), number, vector, ahead)]
-        parts += tile.step(rest, vector, integer(whole)) if left_over else []
+        if p.levels is not None and self.scratch is None:
+            parts = [self._each_input(panel, lambda k, own: tile.step(number, lambda b, v, _: own(b, v), k))]
+        else:
+            parts = [tile.accumulate(integer(whole), number, vector, ahead)]
+            parts += tile.step(rest, vector, integer(whole)) if left_over else []
         body = sequence(parts)
         for tap, (count, _) in zip(reversed(taps), reversed(p.window), strict=True):
             body = serial(tap, integer(count), [body])
@@ -220,7 +245,7 @@ class _Emitter:
     def _operands(self, left: list[Any], panel: Any, column: Any, taps: list[Any]) -> tuple[Any, Any, Any, Any]:
         """What the inner loop reads: numbers of a step, of an incomplete last step, vectors, and where sums start."""
         p, lanes, width, step = self.product, self.form.lanes, self.form.width, self.sizes.tir(self.product.left_step)
-        steps = -(-p.depth // p.dot.group)
+        steps = p.steps
         shift: Any = integer(0)
         for tap, (_, stride) in zip(taps, p.window, strict=True):
             shift = shift + tap * self.sizes.tir(stride)
@@ -254,9 +279,9 @@ class _Emitter:
     def _ahead(self, b: Block, panel: Any, first: Any, tap: Any, k: Any) -> list[Any]:
         """Ask for a line of the next panel in each step, so that it comes from memory while this one is used."""
         p, form = self.product, self.form
-        if not p.packed:
+        if not p.packed or self.scratch is not None:
             return []
-        lines = p.taps * -(-p.depth // p.dot.group) * form.width * p.dot.stored.itemsize * p.dot.group // LINE
+        lines = p.taps * p.steps * form.width * p.dot.stored.itemsize * p.dot.group // LINE
         per = LINE // 4 if p.dot.group > 1 else LINE // p.dot.stored.itemsize
         tile, steps = tirx.floordiv(first, integer(form.rows)), integer(p.depth // p.dot.group)
         number = tirx.min((tile * integer(p.taps) + tap) * steps + k, integer(lines - 1))

@@ -23,7 +23,7 @@ from ..base import Region, Schedule
 from . import conv_plan
 from .conv_plan import CONVOLUTIONS
 from .depthwise import ORDER, Depthwise, DepthwiseLowering
-from .dots import pack, start_of
+from .dots import pack, pack_levels, start_of
 from .matmul import Form, function
 from .product import LINEAR, MATRIX, Product, plan
 from .row_family import lanes_of
@@ -114,11 +114,16 @@ class MatmulLowering:
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
         """The packed weight, if the right operand is one."""
-        weight = None if self.program is None else self.program.constant(self.product.weight)
-        if weight is None:
+        product, program = self.product, self.program
+        weight = None if program is None else program.constant(product.weight)
+        if program is None or weight is None:
             return ()
-        width = int(schedule["vectors"]) * lanes_of(target)
-        matrix, dot = _matrix(self.product.root, weight), self.product.dot
+        width, dot = int(schedule["vectors"]) * lanes_of(target), product.dot
+        if product.levels is not None:
+            scale, offset = (program.constant(n) for n in product.levels[:2])
+            assert scale is not None and offset is not None
+            return pack_levels(weight, scale, offset, width)
+        matrix = _matrix(product.root, weight)
         packed = pack(matrix, width, dot)
         return (packed, start_of(matrix, width)) if dot.shifted else (packed,)
 

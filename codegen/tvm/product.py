@@ -13,13 +13,16 @@ from torch import fx
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region
-from .dots import PLAIN, Dot, dot_of
+from .dots import PLAIN, WEIGHT_INT4, Dot, dot_of
 from .layout import Access, expression, merge
 from .rules import name_of
 from .tail import Tail, plan_tail
 from .values import Unsupported, bound, dense, shape
 
-LINEAR, MATRIX = ("linear", "_weight_int8pack_mm"), ("_int_mm", "mm", "addmm", "bmm", "baddbmm", "matmul")
+LINEAR, MATRIX = (
+    ("linear", "_weight_int8pack_mm", "linear_int4"),
+    ("_int_mm", "mm", "addmm", "bmm", "baddbmm", "matmul"),
+)
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Product:
         window: (taps, stride of the left operand) of each dimension of a convolution's window.
         border: how the left operand is copied with zeros around it first, None if it is read in place.
         dot: how elements are multiplied.
+        levels: nodes of scale and offset of a weight of four bits, and its number of groups along the depth.
     """
 
     root: fx.Node
@@ -82,6 +86,12 @@ class Product:
     window: tuple[tuple[int, sympy.Expr], ...] = ()
     border: Border | None = None
     dot: Dot = PLAIN
+    levels: tuple[fx.Node, fx.Node, int] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Lines of a packed panel, for one tap."""
+        return self.depth // 2 if self.levels is not None else -(-self.depth // self.dot.group)
 
     @property
     def packed(self) -> bool:
@@ -139,10 +149,13 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     if not isinstance(depth, int) or not isinstance(columns, int) or depth == 0 or 0 in space:
         raise Unsupported("a product whose depth or columns are symbolic or empty")
     packed = program is not None and len(shape(right)) == 2 and program.constant(right) is not None
-    if not packed and (dot.shifted or dot.stored is torch.int8):
+    if not packed and (dot.constants > 1 or dot.stored is torch.int8):
         raise Unsupported("a product of bytes whose right operand is not a constant weight")
     scale = bound(root)["scales"] if name_of(root) == "_weight_int8pack_mm" else None
-    tail = plan_tail(region, root, addend, packed + (packed and dot.shifted), scale=scale)
+    levels = _levels(root, program) if name_of(root) == "linear_int4" else None
+    if (dot is WEIGHT_INT4) is not (levels is not None):
+        raise Unsupported(f"a product with {right.meta['val'].dtype}")
+    tail = plan_tail(region, root, addend, dot.constants if packed else 0, scale=scale)
     walks = _walks(root, left, right, region, len(space))
     accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
     extents = merge([expression(e) for e in space], accesses, False)
@@ -150,7 +163,7 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
     right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
     left_step, weight = expression(left.meta["val"].stride(-1)), right if packed else None
-    return Product(root, tail, *walks, left_step, right_steps, weight, extents, batch, depth, dot=dot)
+    return Product(root, tail, *walks, left_step, right_steps, weight, extents, batch, depth, dot=dot, levels=levels)
 
 
 def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -159,13 +172,20 @@ def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         raise Unsupported("the product or the addend is scaled")
     if name_of(root) in LINEAR:
-        names = ("input", "weight") if name_of(root) == "linear" else ("self", "mat2")
+        names = ("self", "mat2") if name_of(root) == "_weight_int8pack_mm" else ("input", "weight")
         return given[names[0]], given[names[1]], given.get("bias")
     if name_of(root) in ("addmm", "baddbmm"):
         left, right = [given[k] for k in (("mat1", "mat2") if name_of(root) == "addmm" else ("batch1", "batch2"))]
         return left, right, given["self"]
     left, right = [v for v in root.args[:2] if isinstance(v, fx.Node)]
     return left, right, None
+
+
+def _levels(root: fx.Node, program: Program | None) -> tuple[fx.Node, fx.Node, int]:
+    scale, offset = bound(root)["scale"], bound(root)["offset"]
+    if program is None or program.constant(scale) is None or program.constant(offset) is None:
+        raise Unsupported("a weight of four bits whose scale or offset is not constant")
+    return scale, offset, shape(scale)[1]
 
 
 def _check_tensors(root: fx.Node, left: fx.Node, right: fx.Node) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ...passes.ops import NAMESPACE
 from .moves import MOVES, Rule
 from .values import COLUMN, KINDS, Builder, Coordinate, Site, Unsupported, Value, bound
 
@@ -306,11 +307,11 @@ RULES: dict[str, Rule] = {
 
 
 def name_of(node: fx.Node) -> str | None:
-    """The operator's name without namespace and overload, if it is an ATen operator."""
+    """The operator's name without namespace and overload, if it is an ATen operator or one of ours."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     space, name = node.target._schema.name.split("::")
-    return name if space == "aten" else None
+    return name if space in ("aten", NAMESPACE) else None
 
 
 def read(

@@ -17,7 +17,9 @@ from torchlathe.codegen.trial import run_kernel
 from torchlathe.codegen.tvm.backend import TvmBackend
 from torchlathe.codegen.tvm.dots import BFLOAT16, BYTES, PLAIN, WORDS, WORDS_256, dot_of
 from torchlathe.codegen.tvm.values import Unsupported
+from torchlathe.passes import ops
 from torchlathe.passes.capture import capture
+from torchlathe.passes.ops import pack_int4, unpack_int4
 from torchlathe.targets.target import Target
 
 HOST = targets.get("cpu")
@@ -125,6 +127,53 @@ def test_weights_of_bytes(dtype: torch.dtype, rows: int) -> None:
     for ours in outputs(net, (x,), BARE):
         assert ours.dtype is dtype
         assert (ours.double() - exact).abs().max() <= 16 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def four_bits(outputs: int, inputs: int, groups: int) -> dict[str, torch.Tensor]:
+    levels = torch.randint(0, 16, (outputs, inputs))
+    return {"w": pack_int4(levels), "scale": torch.rand(outputs, groups), "offset": torch.randn(outputs, groups)}
+
+
+@pytest.mark.parametrize("target", [BARE, WIDE], ids=["bare", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 5, 40])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_weights_of_four_bits(target: Target, dtype: torch.dtype, rows: int, groups: int) -> None:
+    if not runs(target):
+        pytest.skip("this processor has narrower vectors")
+    torch.manual_seed(0)
+    op, constants = ops.linear_int4(), four_bits(53, 64, groups)
+    x, bias = torch.randn(2, rows, 64).to(dtype), torch.randn(53).to(dtype)
+    exact = (
+        x.double() @ unpack_int4(constants["w"], constants["scale"], constants["offset"]).double().t() + bias.double()
+    )
+    net = Net(lambda s, x: torch.relu(op(x, s.w, s.scale, s.offset, s.bias)), bias=bias, **constants)
+    for ours in outputs(net, (x,), target):
+        assert ours.dtype is dtype
+        wanted = exact.clamp_min(0)
+        assert (ours.double() - wanted).abs().max() <= 8 * torch.finfo(dtype).eps * wanted.abs().max()
+
+
+def test_weights_of_four_bits_with_rows_known_late() -> None:
+    op, constants = ops.linear_int4(), four_bits(40, 32, 2)
+    net, rows = Net(lambda s, x: op(x, s.w, s.scale, s.offset), **constants), torch.export.Dim("rows", min=1, max=99)
+    program = capture(net, (torch.randn(4, 32),), dynamic_shapes={"args": ({0: rows},)})
+    region = Region.of(n for n in program.graph.nodes if "int4" in str(n.target))
+    backend = TvmBackend(program)
+    kernel = backend.lower(region, BARE, next(iter(backend.space(region, BARE))))
+    weights = {str(n.target): program.weights[str(n.target)] for n in region.inputs if n.op == "get_attr"}
+    for count in (1, 7, 50):
+        x = torch.randn(count, 32)
+        (ours,) = run_kernel(kernel, [weights.get(str(n.target), x) for n in region.inputs])
+        torch.testing.assert_close(ours, net(x), atol=1e-4, rtol=1e-4)
+
+
+def test_four_bits_whose_scale_is_an_input_are_refused() -> None:
+    op, constants = ops.linear_int4(), four_bits(8, 12, 2)
+    net = Net(lambda s, x, scale: op(x, s.w, scale, s.offset), **constants)
+    program = capture(net, (torch.randn(2, 12), constants["scale"]))
+    region = Region.of(n for n in program.graph.nodes if n.op == "call_function")
+    assert "not constant" in (TvmBackend(program).supports(region, BARE) or "")
 
 
 @pytest.mark.parametrize(("dtype", "target", "wanted"), [
