@@ -124,8 +124,18 @@ class _Emitter:
             count = inner.let(tirx.min(keys - start, integer(form.block)))
             inner.statements += self._block(task, start, count, block)
             blocks = tirx.floordiv(keys + integer(form.block - 1), integer(form.block))
-            b.statements.append(serial(block, blocks, inner.statements))
+            b.statements.append(serial(block, blocks, self._if_visible(task, block, inner.statements)))
         return [*b.statements, *self._store(task)]
+
+    def _if_visible(self, task: _Task, block: Any, statements: list[Any]) -> list[Any]:
+        """The statements, left out where a known mask hides the block from all queries of the tile."""
+        p, form = self.plan, self.form
+        if p.known_mask is None:
+            return statements
+        tile = tirx.floordiv(task.first, integer(form.vectors * form.lanes))
+        table = self.memory.views[len(p.tensors) - 2]
+        seen = tirx.BufferLoad(table, [tile * integer(-(-int(p.keys) // form.block)) + block])
+        return [tirx.IfThenElse(tirx.NE(seen, tirx.const(0, "int8")), sequence(statements), None)]
 
     def _last_key(self, task: _Task) -> Any:
         """Number of keys that any query of the tile may see."""

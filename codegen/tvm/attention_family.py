@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from . import attention_decode
 from .attention import Form, function
-from .attention_plan import OPERATOR, Attention, memory_order, plan
+from .attention_plan import OPERATOR, Attention, memory_order, plan, visible_blocks
 from .row_family import lanes_of
 from .rules import name_of
 
 HEIGHTS = {4: 6, 3: 8, 2: 12, 1: 16}  # rows of a tile by its vectors: 24 accumulators of 32 vector registers
 SMALL_HEIGHTS = {2: 4, 1: 8}  # for 16 vector registers
 BLOCK = 512  # keys whose scores are kept at once
+SPARSE = (128, 64)  # the same where a mask hides whole blocks
 RUN, MOST = 256, 2048  # keys of a task in decoding: where sizes are symbolic, and at most
 SERIAL_BELOW = 200_000  # floating point operations that are not worth a launch on several threads
 
@@ -36,7 +37,7 @@ class AttentionFamily:
 
     def plan(self, region: Region, program: Program | None, target: Target) -> AttentionLowering:
         """The attention. Raises Unsupported."""
-        return AttentionLowering(plan(region))
+        return AttentionLowering(plan(region, program))
 
 
 @dataclass
@@ -67,11 +68,19 @@ class AttentionLowering:
             yield from (Schedule("decode", (("run", run),)) for run in self._runs(target))
         registers = 28 if target.vector_bits >= 512 else 12
         most = -(-int(queries) // lanes) if queries.is_Integer else 4
-        block = min(int(keys), BLOCK) if keys.is_Integer else BLOCK
+        longest = min(int(keys), BLOCK) if keys.is_Integer else BLOCK
         for vectors in dict.fromkeys(min(v, most) for v in ((4, 3, 2) if registers > 12 else (2, 1))):
             height = HEIGHTS[vectors] if registers > 12 else SMALL_HEIGHTS[vectors]
             names = ("vectors", "rows", "block")
-            yield Schedule("attention", tuple(zip(names, (vectors, height, block), strict=True)))
+            for block in dict.fromkeys((longest, *self._sparse_blocks(vectors * lanes))):
+                yield Schedule("attention", tuple(zip(names, (vectors, height, block), strict=True)))
+
+    def _sparse_blocks(self, width: int) -> list[int]:
+        """Blocks of keys of which a known mask hides enough to pay for going through them one by one."""
+        if self.attention.known_mask is None:
+            return []
+        shares = {block: visible_blocks(self.attention, width, block).float().mean().item() for block in SPARSE}
+        return [block for block, share in shares.items() if block < self.attention.keys and share < 0.9]
 
     def _runs(self, target: Target) -> Iterable[int]:
         """Keys of a task: all of a head, or as few as give each core several tasks."""
@@ -87,6 +96,10 @@ class AttentionLowering:
     def function(self, name: str, schedule: Schedule, target: Target) -> Any:
         """The PrimFunc."""
         p = self.attention
+        if p.known_mask is not None:
+            tensors = list(p.tensors)
+            (tensors[-2],) = self.constants(schedule, target)
+            p = replace(p, tensors=tensors)
         if schedule.name == "decode":
             threaded = target.cores > 1 and (p.flops == 0 or p.flops >= SERIAL_BELOW // 4)
             form = attention_decode.DecodeForm(lanes_of(target), int(schedule["run"]), threaded)
@@ -97,5 +110,12 @@ class AttentionLowering:
         return function(p, name, Form(lanes_of(target), vectors, height, features, block, threaded))
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
-        """None."""
-        return ()
+        """For a known mask, which blocks of keys each tile of queries sees."""
+        if self.attention.known_mask is None:
+            return ()
+        return (visible_blocks(self.attention, *_tiling(schedule, lanes_of(target))),)
+
+
+def _tiling(schedule: Schedule, lanes: int) -> tuple[int, int]:
+    """Queries of a tile and keys of a block."""
+    return (lanes, BLOCK) if schedule.name == "decode" else (int(schedule["vectors"]) * lanes, int(schedule["block"]))

@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from ...passes.program import Program
 from ..base import Region, in_memory
 from .dots import FLOATS
 from .layout import expression
@@ -39,6 +40,8 @@ class Attention:
         causal: whether query i sees keys 0 to i only.
         masked: whether there is a mask.
         mask_per_query: whether the mask differs from query to query.
+        known_mask: a mask that differs from query to query and is a constant; which blocks of keys a tile of queries
+            sees is then found at compile time, and passed as one more parameter, "visible".
     """
 
     tensors: list[torch.Tensor]
@@ -54,6 +57,7 @@ class Attention:
     causal: bool
     masked: bool
     mask_per_query: bool
+    known_mask: torch.Tensor | None = None
 
     @property
     def group(self) -> int:
@@ -70,8 +74,27 @@ class Attention:
         return full // 2 if self.causal and self.queries == self.keys else full
 
 
-def plan(region: Region) -> Attention:
-    """The attention of a region of one operator. Raises Unsupported with the reason."""
+def visible_blocks(plan: Attention, width: int, block: int) -> torch.Tensor:
+    """[tiles of queries, blocks of keys] int8: 1 where some query of the tile sees some key of the block.
+
+    A hidden block is never read, so that NaN in its keys does not spread, as with a causal flag.
+    """
+    mask, queries, keys = plan.known_mask, int(plan.queries), int(plan.keys)
+    assert mask is not None
+    seen = mask if mask.dtype is torch.bool else mask != -math.inf
+    seen = seen.flatten(0, -3).any(0) if seen.dim() > 2 else seen
+    whole = torch.zeros(-(-queries // width) * width, -(-keys // block) * block, dtype=torch.bool)
+    whole[:queries, :keys] = seen.expand(queries, keys)
+    found = whole.view(-1, width, whole.shape[1] // block, block).any(3).any(1)
+    return found.to(torch.int8)
+
+
+def plan(region: Region, program: Program | None) -> Attention:
+    """The attention of a region of one operator. Raises Unsupported with the reason.
+
+    Args:
+        program: tells whether the mask is a constant.
+    """
     if len(region.nodes) != 1:
         raise Unsupported("attention with other operators")
     (node,) = region.nodes
@@ -102,11 +125,15 @@ def plan(region: Region) -> Attention:
                               for n, s in zip(sizes, steps["mask"], strict=True))  # fmt: skip
         per_query = steps["mask"][0] != 0
     scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(features)
-    position = {n: region.inputs.index(operand) for n, operand in operands.items()} | {"output": len(region.inputs)}
+    known = None
+    if per_query and program is not None and all(isinstance(n, int) for n in (query.shape[-2], key.shape[-2])):
+        known = program.constant(operands["mask"])
+    own_tensors = [n.meta["val"] for n in region.inputs] + ([] if known is None else [torch.empty(0, dtype=torch.int8)])
+    position = {n: region.inputs.index(operand) for n, operand in operands.items()} | {"output": len(own_tensors)}
     return Attention(
-        [*(n.meta["val"] for n in region.inputs), output], position, [expression(s) for s in query.shape[:-2]],
+        [*own_tensors, output], position, [expression(s) for s in query.shape[:-2]],
         heads, steps, expression(query.shape[-2]), expression(key.shape[-2]), features, own, float(scale),
-        bool(given["is_causal"]), "mask" in tensors, per_query,
+        bool(given["is_causal"]), "mask" in tensors, per_query, known,
     )  # fmt: skip
 
 

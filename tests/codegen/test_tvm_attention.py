@@ -222,3 +222,63 @@ def test_refusals_name_the_reason(make: Callable[..., Any], reason: str) -> None
     program = capture(Net(), (torch.randn(1, 2, 5, 10),))
     region = Region.of(n for n in program.graph.nodes if op_name(n).startswith("scaled_dot"))
     assert reason in str(BACKEND.supports(region, TARGET))
+
+
+class Windowed(torch.nn.Module):
+    """Attention through a mask that is part of the model."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, self.mask)
+
+
+def window(queries: int, keys: int, reach: int) -> torch.Tensor:
+    distance = torch.arange(queries)[:, None] - torch.arange(keys)
+    return (distance >= 0) & (distance < reach)
+
+
+def known(net: Windowed, args: tuple[torch.Tensor, ...]) -> list[Kernel]:
+    program = capture(net, args)
+    region = Region.of(n for n in program.graph.nodes if op_name(n).startswith("scaled_dot"))
+    backend = TvmBackend(program)
+    values = dict(zip(program.inputs, args, strict=True))
+    values |= {n: program.weights[str(n.target)] for n in region.inputs if n.op == "get_attr"}
+    kernels = [backend.lower(region, TARGET, s) for s in backend.space(region, TARGET)]
+    exact = net.double()(*(a.double() for a in args))
+    net.float()
+    for kernel in kernels:
+        (ours,) = run_kernel(kernel, [values[n] for n in region.inputs])
+        assert (ours - exact).abs().max() <= 1e-5, str(kernel.schedule)
+    return kernels
+
+
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("reach", [3, 40, 1000])
+def test_blocks_hidden_by_a_known_mask(additive: bool, reach: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_family, "SPARSE", (32, 16))
+    mask = window(150, 150, reach)
+    mask[70:90] = False  # queries that see nothing
+    mask[70:90, 149] = True
+    if additive:
+        mask = torch.zeros(2, 1, 150, 150).masked_fill(~mask, -INF)
+    kernels = known(Windowed(mask), operands(150, 150))
+    assert any(k.schedule["block"] < 150 for k in kernels)
+
+
+def test_hidden_blocks_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_family, "SPARSE", (16,))
+    q, k, v = operands(64, 64)
+    clean = Windowed(window(64, 64, 16))
+    kernels = [kernel for kernel in known(clean, (q, k, v)) if kernel.schedule["block"] == 16]
+    k[..., 48:, :] = NAN
+    for kernel in kernels:
+        (ours,) = run_kernel(kernel, [q, k, v, clean.mask])
+        assert ours[..., :32, :].isfinite().all() and ours[..., 48:, :].isnan().all()
+
+
+def test_a_known_mask_for_few_queries() -> None:
+    known(Windowed(window(1, 100, 30)), operands(1, 100))
+    known(Windowed(torch.randn(3, 1, 1, 100)), operands(1, 100, batch=3))
