@@ -14,14 +14,14 @@ from torch import fx
 
 from ...passes.program import Program
 from ..base import Region
-from .depthwise import ORDER, Depthwise
+from .depthwise import Depthwise
 from .layout import Access, expression, merge
 from .product import Border, Product
 from .rules import name_of
 from .tail import Tail, plan_tail
 from .values import Unsupported, bound, dense
 
-CONVOLUTIONS = ("conv2d", "convolution")
+CONVOLUTIONS = ("conv1d", "conv2d", "convolution")
 ZERO = sympy.Integer(0)
 
 
@@ -40,9 +40,13 @@ def plan(region: Region, program: Program) -> Product | Depthwise:
         inner.add(image)
         image = image.args[0]
     _check(root, image, weight, program)
-    tail = plan_tail(region, root, given["bias"], 1, ORDER, inner)
-    steps = [expression(s) for s in image.meta["val"].stride()]
-    walk = Access(region.inputs.index(image), [steps[d] for d in ORDER], ZERO)
+    order = order_of(image)
+    tail = plan_tail(region, root, given["bias"], 1, order, inner)
+    steps = [expression(image.meta["val"].stride(d)) for d in order]
+    walk = Access(region.inputs.index(image), steps, ZERO)
+    if len(order) == 3:  # a signal is an image of one row
+        for access in (walk, *tail.loads.values(), *(o.access for o in tail.outputs)):
+            access.strides.insert(1, ZERO)
     if given["groups"] > 1:
         return _depthwise(root, image, weight, walk, before, tail)
     right = Access(region.inputs.index(weight), [ZERO] * 4, ZERO)
@@ -54,40 +58,42 @@ def _depthwise(root: fx.Node, image: fx.Node, weight: fx.Node, walk: Access, bef
     given = bound(root)
     images, channels, *sizes = image.meta["val"].shape
     filters, _, *window = weight.meta["val"].shape
+    stride, dilation = (_pair(given[k], len(window)) for k in ("stride", "dilation"))
     if given["groups"] != channels or filters != channels:
         raise Unsupported("a grouped convolution that is not depthwise")
     result = root.meta["val"].shape[2:]
     return Depthwise(tail, walk, weight, expression(images), int(channels), _pair(sizes), _pair(result), _pair(window),
-                     _pair(given["stride"]), _pair(given["dilation"]), before)  # fmt: skip
+                     stride, dilation, before)  # fmt: skip
 
 
 def _dense(root: fx.Node, image: fx.Node, weight: fx.Node, walk: Access, right: Access,
            around: tuple[tuple[int, int], tuple[int, int]], tail: Tail) -> Product:  # fmt: skip
     given, channel, border = bound(root), walk.strides[-1], None
-    stride, dilation = _pair(given["stride"]), _pair(given["dilation"])
     _, depth, *window = weight.meta["val"].shape
+    stride, dilation = (_pair(given[k], len(window)) for k in ("stride", "dilation"))
     if any((*around[0], *around[1])):
         border = _border(walk, image.meta["val"], *around)
         rows, across, deep = border.padded
         walk = Access(-1, [sympy.Integer(n) for n in (rows * across * deep, across * deep, deep)] + [ZERO], ZERO)
         channel = sympy.Integer(1)
-    taps = tuple((int(n), walk.strides[1 + d] * dilation[d]) for d, n in enumerate(window))
+    taps = tuple((int(n), walk.strides[1 + d] * dilation[d]) for d, n in enumerate(_pair(window)))
     walk = Access(walk.buffer, [walk.strides[0], walk.strides[1] * stride[0], walk.strides[2] * stride[1], ZERO], ZERO)
-    sizes = root.meta["val"].shape
+    images, columns, *result = root.meta["val"].shape
     accesses = [walk, right, *tail.loads.values(), *(o.access for o in tail.outputs)]
-    extents = merge([expression(sizes[d]) for d in ORDER], accesses, False)
+    extents = merge([expression(n) for n in (images, *_pair(result), columns)], accesses, False)
     return Product(root, tail, walk, right, channel, (ZERO, ZERO), weight, extents, 0, int(depth), taps, border)
 
 
 def _padding(root: fx.Node, end: bool = False) -> tuple[int, int]:
     """Zeros before (or after) the rows and columns. ``same`` puts the odd one after."""
     given = bound(root)
+    window = given["weight"].meta["val"].shape[2:]
     if not isinstance(given["padding"], str):
-        return _pair(given["padding"])
+        return _pair(given["padding"], len(window), 0)
     if given["padding"] == "valid":
         return (0, 0)
-    window, dilation = given["weight"].meta["val"].shape[2:], _pair(given["dilation"])
-    return _pair([(d * (n - 1) + end) // 2 for d, n in zip(dilation, window, strict=True)])
+    dilation = _pair(given["dilation"], len(window))
+    return tuple((d * (n - 1) + end) // 2 for d, n in zip(dilation, _pair(window), strict=True))  # type: ignore[return-value]
 
 
 def _check(root: fx.Node, image: fx.Node, weight: fx.Node, program: Program) -> None:
@@ -95,8 +101,8 @@ def _check(root: fx.Node, image: fx.Node, weight: fx.Node, program: Program) -> 
         value = dense(node)
         if value.dtype is not torch.float32:
             raise Unsupported(f"a convolution in {value.dtype}")
-        if value.dim() != 4:
-            raise Unsupported("a convolution that is not over images")
+        if value.dim() not in (3, 4) or value.dim() != root.meta["val"].dim():
+            raise Unsupported("a convolution that is not over images or signals")
     given = bound(root)
     if given.get("transposed"):
         raise Unsupported("a transposed convolution")
@@ -107,8 +113,16 @@ def _check(root: fx.Node, image: fx.Node, weight: fx.Node, program: Program) -> 
         raise Unsupported("a convolution of symbolic or empty size")
 
 
-def _pair(value: Sequence[int]) -> tuple[int, int]:
-    return (value[0], value[0]) if len(value) == 1 else (value[0], value[1])
+def order_of(image: fx.Node) -> tuple[int, ...]:
+    """Dimensions of images or signals from the outermost to the innermost in memory: channels last."""
+    return (0, *range(2, image.meta["val"].dim()), 1)
+
+
+def _pair(value: Sequence[int], dims: int = 1, missing: int = 1) -> tuple[int, int]:
+    """(rows, columns) of an argument for `dims` dimensions; a signal has one row, and `missing` is its row's."""
+    if len(value) == 1:
+        return (value[0], value[0]) if dims == 2 else (missing, value[0])
+    return value[0], value[1]
 
 
 def _zeros_around(node: fx.Node) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -128,6 +142,6 @@ def pads(node: fx.Node) -> bool:
 
 
 def _border(source: Access, image: torch.Tensor, before: tuple[int, int], after: tuple[int, int]) -> Border:
-    channels, rows, columns = (int(s) for s in image.shape[1:])
+    channels, (rows, columns) = int(image.shape[1]), _pair([int(s) for s in image.shape[2:]])
     return Border(Access(source.buffer, list(source.strides), ZERO), source.strides[-1], expression(image.shape[0]),
                   (rows, columns, channels), before, after)  # fmt: skip

@@ -29,8 +29,6 @@ from .row_family import SERIAL_BELOW, lanes_of
 from .tail import Tail
 from .tile import split
 
-ORDER = (0, 2, 3, 1)  # images, rows, columns, channels
-
 
 @dataclass
 class Depthwise:
@@ -91,7 +89,7 @@ class DepthwiseLowering:
 
     conv: Depthwise
     program: Program
-    order: tuple[int, ...] = ORDER
+    order: tuple[int, ...]
 
     @property
     def tensors(self) -> list[torch.Tensor]:

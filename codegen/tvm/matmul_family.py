@@ -22,7 +22,7 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from . import conv_plan
 from .conv_plan import CONVOLUTIONS
-from .depthwise import ORDER, Depthwise, DepthwiseLowering
+from .depthwise import Depthwise, DepthwiseLowering
 from .dots import pack, pack_levels, start_of
 from .matmul import Form, function
 from .product import LINEAR, MATRIX, Product, plan
@@ -65,9 +65,10 @@ class ConvFamily:
         if program is None:
             raise Unsupported("a convolution whose weight is not a constant")
         found = conv_plan.plan(region, program)
+        order = conv_plan.order_of(next(n for n in region.nodes if name_of(n) in CONVOLUTIONS))
         if isinstance(found, Depthwise):
-            return DepthwiseLowering(found, program)
-        return MatmulLowering(found, program, ORDER)
+            return DepthwiseLowering(found, program, order)
+        return MatmulLowering(found, program, order)
 
 
 @dataclass
@@ -132,7 +133,7 @@ def _matrix(root: fx.Node, weight: torch.Tensor) -> torch.Tensor:
     """A weight as [depth, columns]; the depth of a convolution runs over window rows, window columns, channels."""
     weight = weight.detach()
     if name_of(root) in CONVOLUTIONS:
-        return weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0])
+        return weight.movedim((1, 0), (-2, -1)).reshape(-1, weight.shape[0])
     return weight.t() if name_of(root) in LINEAR else weight
 
 
