@@ -35,6 +35,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[peers]"
 	$(BIN)/python bench/rows.py
 	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/zoo_speed.py
 	$(BIN)/python bench/peers.py
 

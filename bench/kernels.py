@@ -1,6 +1,6 @@
 """Single kernels against torch's and oneDNN's, interleaved in one process.
 
-    python bench/kernels.py [--only grid peak gelu int8 bf16 attention] [--seconds S] [--markdown FILE]
+    python bench/kernels.py [--only SECTION ...] [--seconds S] [--markdown FILE]
 
 Every kernel takes the schedule that a trial chooses, is checked against torch, and is then sampled in turns with its
 rivals. Rates are 2 M N K (attention: 4 heads tokens^2 features) over the median seconds of a call.
@@ -26,6 +26,7 @@ from torchlathe.codegen.base import Region
 from torchlathe.codegen.trial import allocate, hold
 from torchlathe.codegen.tvm.backend import TvmBackend
 from torchlathe.passes.capture import capture
+from torchlathe.passes.ops import linear_int4, pack_int4
 from torchlathe.targets.measure import Comparison, Timing, compare_many
 
 Call = Callable[[], Any]
@@ -203,9 +204,44 @@ def attention(seconds: float) -> list[str]:
     return lines
 
 
+def weights(seconds: float) -> list[str]:
+    """float32 times weights of eight and four bits (groups of 64), against our own float32; for decoding above all."""
+    lines = ["| rows x 4096 x 4096, GFLOP/s | ours, 4 bits | our float32 | 8 bits | our float32 / 4 bits |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    n = k = 4096
+    small, scale = torch.randint(-128, 128, (n, k), dtype=torch.int8), torch.rand(n)
+    levels = {"w": pack_int4(torch.randint(0, 16, (n, k))), "a": torch.rand(n, k // 64), "b": torch.rand(n, k // 64)}
+    op = linear_int4()
+    for m in (1, 4, 128, 512):
+        x = (torch.randn(m, k),)
+        four, _ = ours(Net(lambda s, x: op(x, s.w, s.a, s.b), **levels), x, 1e-5)
+        eight, _ = ours(Net(lambda s, x: torch._weight_int8pack_mm(x, s.w, s.scale), w=small, scale=scale), x, 1e-4)
+        plain, _ = ours(Net(lambda s, x: F.linear(x, s.w), w=torch.randn(n, k)), x, 1e-5)
+        timings = rates({"ours": four, "float32": plain, "eight": eight}, seconds)
+        lines.append(row(str(m), 2.0 * m * n * k, timings, "float32"))
+        print(lines[-1], flush=True)
+    return lines
+
+
+def windows(seconds: float) -> list[str]:
+    """Attention where each token sees the 256 before it by a constant mask, against torch's with the same mask."""
+    lines = ["| tokens, window of 256 | ours | our dense | torch | torch / ours |", "|---|---|---|---|---|"]
+    for tokens in (512, 1024, 2048):
+        q, k, v = torch.randn(1, tokens, 3, 8, 64).permute(2, 0, 3, 1, 4).unbind(0)
+        distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+        net = Net(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, s.mask),
+                  mask=(distance >= 0) & (distance < 256))  # fmt: skip
+        call, _ = ours(net, (q, k, v), 1e-5)
+        dense, _ = ours(Net(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v)), (q, k, v), 1e-5)
+        timings = rates({"ours": call, "dense": dense, "torch": lambda: net(q, k, v)}, seconds)  # noqa: B023
+        lines.append(row(str(tokens), 4.0 * 8 * tokens * tokens * 64, timings, "torch"))
+        print(lines[-1], flush=True)
+    return lines
+
+
 SECTIONS: dict[str, Callable[[float], list[str]]] = {
     "peak": peak, "grid": grid, "gelu": lambda seconds: grid(seconds, tail=True), "int8": int8, "bf16": bf16,
-    "attention": attention,
+    "attention": attention, "windows": windows, "weights": weights,
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from ..targets.cost import is_free
 from .base import Destination, Region
 from .pages import on_large_pages
 from .select import Choice
-from .source import fast_callable
+from .source import READS_LAYOUT, fast_callable
 
 # operators that return views although their schema does not say so
 SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
@@ -181,7 +181,8 @@ def views_of(slots: Sequence[Slot], choices: Sequence[Choice]) -> list[fx.Node]:
     found = []
     for choice in choices:
         for node in choice.region.nodes if choice.kernel.backend == "eager" else ():
-            if not is_free(node) or not node.all_input_nodes or any(n not in values for n in node.all_input_nodes):
+            known = all(n in values for n in node.all_input_nodes) and bool(node.all_input_nodes)
+            if not known or not is_free(node) or str(node.target) in READS_LAYOUT:
                 continue
             value = evaluate_view(node, values)
             tensors = value if isinstance(value, (list, tuple)) else [value]

@@ -124,7 +124,10 @@ class _Loader:
         elif name == "tvm":
             kernel = self._loaded(region, row, schedule) if library is not None and self.native else None
             kernel = kernel or self._compiled(region, schedule)
-        elif name != "eager":
+        elif name == "metaschedule" and library is not None and self.native:
+            kernel = self._loaded(region, row, schedule)
+            kernel = kernel and replace(kernel, backend=name, call=_aligned()(kernel.call))
+        elif name not in ("eager", "metaschedule"):
             self.notes.append(f"no backend is called {name}: its regions run eagerly")
         if kernel is None:
             kernel = EagerBackend().lower(region, self.host, Schedule())
@@ -194,6 +197,12 @@ def _destination(stored: Json, region: Region) -> Destination:
     if order is not None and sorted(order) != list(range(len(shape))):
         raise ValueError(f"{str(order)[:80]} is not an order of dimensions")
     return Destination(tuple(shape), DTYPES[stored[1]], None if order is None else tuple(order))
+
+
+def _aligned() -> Any:
+    from .tvm.metaschedule import aligned
+
+    return aligned
 
 
 def _tvm(program: Program) -> TvmBackend:

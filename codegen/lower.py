@@ -19,10 +19,15 @@ from .select import Choice, select
 from .tuner import Tuner
 
 
-def backends(program: Program, target: Target) -> tuple[list[Backend], list[str]]:
-    """Backends that compete with eager on a target, in the order in which they claim nodes; notes on absent ones."""
+def backends(program: Program, target: Target, search: bool = False) -> tuple[list[Backend], list[str]]:
+    """Backends that compete with eager on a target, in the order in which they claim nodes; notes on absent ones.
+
+    Args:
+        search: whether schedules are searched for operators that have no template.
+    """
     found: list[Backend] = []
     notes: list[str] = []
+    searched: list[Backend] = []
     if target.device == "cpu":
         if importlib.util.find_spec("tvm") is None:
             notes.append(
@@ -30,9 +35,13 @@ def backends(program: Program, target: Target) -> tuple[list[Backend], list[str]
             )
         else:
             from .tvm.backend import TvmBackend
+            from .tvm.metaschedule import MetaScheduleBackend
 
-            found.append(TvmBackend(program))
+            templates = TvmBackend(program)
+            searched = [MetaScheduleBackend(templates)] if search else []
+            found.append(templates)
         found.append(OnednnBackend(program))
+        found += searched
     return found, notes
 
 
@@ -49,7 +58,7 @@ def lower(
         inputs: flat example inputs, used for timing and for checking every kernel against eager.
         tuner: decides between candidates.
     """
-    rivals, notes = backends(program, target)
+    rivals, notes = backends(program, target, search=tuner.level == "max")
     regions = partition(program, rivals, target)
     return select(program, regions, rivals, target, inputs, tuner, progress), [*notes, *tuner.notes]
 

@@ -97,7 +97,12 @@ class Tuner:
             except Exception as reason:  # no stored form, or no room for the values
                 self.notes.append(f"tried in this process: {(str(reason).splitlines() or [''])[0]}")
                 return hold(region, backends, target, values, self.each)
-            request |= {"budget": self.each, "threads": torch.get_num_threads(), "folder": str(cache_folder())}
+            request |= {
+                "search": self.level == "max",
+                "budget": self.each,
+                "threads": torch.get_num_threads(),
+                "folder": str(cache_folder()),
+            }
             while len(skip) < 8:
                 answer = workshop().ask(request | {"skip": list(skip)}, PATIENCE)
                 if "trial" in answer:

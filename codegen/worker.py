@@ -47,7 +47,7 @@ def _serve(request: Json, answer: Any) -> None:
     os.environ["TORCHLATHE_CACHE"] = request["folder"]
     try:
         program, region, values, target = decode_request(request)
-        rivals, _ = backends(program, target)
+        rivals, _ = backends(program, target, request["search"])
         with torch.no_grad():
             trial = hold(region, rivals, target, values, request["budget"], skip=request["skip"],
                          tell=lambda label: _begin(label, answer))  # fmt: skip

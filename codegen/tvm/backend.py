@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,7 +147,7 @@ class TvmBackend:
         """Let `lower` take the code of this region and schedule from a library instead of compiling it."""
         module = build.load_module(str(library))
         name = self._named(region)
-        code = _Stored(module, library), build.entry(module, name), source
+        code = build.Stored(module, library), build.entry(module, name), source
         self._compiled[self._key(region, schedule, target)] = code
 
     def constants(self, region: Region, target: Target, schedule: Schedule) -> tuple[torch.Tensor, ...]:
@@ -161,18 +160,6 @@ class TvmBackend:
 
     def _plan(self, region: Region, target: Target) -> Lowering:
         return next(f for f in FAMILIES if f.claims(region)).plan(region, self.program, target)
-
-
-@dataclass
-class _Stored:
-    """Code that was loaded from a library file."""
-
-    module: Any
-    path: Path
-
-    def export_library(self, path: str) -> None:
-        """Copy the file."""
-        shutil.copyfile(self.path, path)
 
 
 def _short(node: fx.Node) -> str:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +110,20 @@ def host(target: Target) -> Any:
 def compile_function(func: Any, target: Any) -> Any:
     """Compile a PrimFunc; the module also holds a function that sets its thread launcher."""
     name = str(func.attrs["global_symbol"])
+    return native(tvm.IRModule({name: func, SETTER: _setter()}), target)
+
+
+def compile_scheduled(func: Any, name: str, target: Any) -> Any:
+    """The same for a PrimFunc that TVM's own scheduling wrote: all of TVM's passes run."""
+    module = tvm.IRModule({name: func.with_attr("global_symbol", name), SETTER: _setter()})
+    return tvm.compile(module, target)
+
+
+def _setter() -> Any:
     pointer = tirx.Var("launcher", "handle")
     call = tirx.Evaluate(tirx.call_extern("int32", "lathe_store_launcher", pointer))
     pragma = tirx.AttrStmt(tvm.ir.StringImm("launcher"), "pragma_import_llvm", tvm.ir.StringImm(STORE), call)
-    setter = tirx.PrimFunc([pointer], pragma).with_attr("global_symbol", SETTER)
-    return native(tvm.IRModule({name: func, SETTER: setter}), target)
+    return tirx.PrimFunc([pointer], pragma).with_attr("global_symbol", SETTER)
 
 
 def native(functions: Any, target: Any) -> Any:
@@ -138,6 +149,18 @@ def entry(module: Any, name: str) -> Callable[..., None]:
         module[SETTER](ctypes.c_void_p(found_launcher[0]))
     found: Callable[..., None] = module[name]
     return found
+
+
+@dataclass
+class Stored:
+    """Code that was loaded from a library file."""
+
+    module: Any
+    path: Path
+
+    def export_library(self, path: str) -> None:
+        """Copy the file."""
+        shutil.copyfile(self.path, path)
 
 
 def load_library(path: str, name: str) -> Callable[..., None]:
