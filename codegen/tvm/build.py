@@ -5,6 +5,9 @@ starts its threads through a pointer in its own library, ``__TVMBackendParallelL
 IR takes its place and runs the tasks with ``GOMP_parallel`` of the OpenMP runtime that torch has loaded: one pool for
 both, the thread count of ``torch.set_num_threads``, and 1 us instead of 5 us per launch. Where no GNU-compatible
 OpenMP runtime is loaded the pointer is left alone and TVM's own pool runs the tasks.
+
+The tasks of a loop are cut into eight shares per thread. A thread runs its own shares, neighbours in the loop, and then
+takes what is left of the others', so that a thread that loses its core for a while does not hold up all.
 """
 
 from __future__ import annotations
@@ -30,31 +33,57 @@ DOTS = {"avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx_vnni": "a
 
 # args points at 16-byte tagged values: the payload of value k lies at 16 k + 8; an int result has tag 1
 LAUNCHER = """
-%job = type { ptr, ptr }
+%job = type { ptr, ptr, ptr }
 %environment = type { ptr, i32 }
+%counter = type [16 x i32]
 @openmp = internal global [4 x ptr] zeroinitializer
 
 define internal void @task(ptr %job) {
+entry:
   %data.at = getelementptr %job, ptr %job, i32 0, i32 1
+  %counters.at = getelementptr %job, ptr %job, i32 0, i32 2
   %body = load ptr, ptr %job
   %data = load ptr, ptr %data.at
+  %counters = load ptr, ptr %counters.at
   %number.at = getelementptr [4 x ptr], ptr @openmp, i32 0, i32 1
   %count.at = getelementptr [4 x ptr], ptr @openmp, i32 0, i32 2
   %number.of = load ptr, ptr %number.at
   %count.of = load ptr, ptr %count.at
   %number = call i32 %number.of()
   %count = call i32 %count.of()
+  %shares = mul i32 %count, 8
   %env = alloca %environment
   %env.count = getelementptr %environment, ptr %env, i32 0, i32 1
   store ptr null, ptr %env
-  store i32 %count, ptr %env.count
-  %status = call i32 %body(i32 %number, ptr %env, ptr %data)
+  store i32 %shares, ptr %env.count
+  br label %owner
+owner:
+  %turn = phi i32 [ 0, %entry ], [ %next.turn, %next ]
+  %place = add i32 %number, %turn
+  %victim = urem i32 %place, %count
+  %counter = getelementptr %counter, ptr %counters, i32 %victim
+  %first = mul i32 %victim, 8
+  br label %take
+take:
+  %taken = atomicrmw add ptr %counter, i32 1 monotonic
+  %left = icmp ult i32 %taken, 8
+  br i1 %left, label %run, label %next
+run:
+  %share = add i32 %first, %taken
+  %status = call i32 %body(i32 %share, ptr %env, ptr %data)
+  br label %take
+next:
+  %next.turn = add i32 %turn, 1
+  %more = icmp ult i32 %next.turn, %count
+  br i1 %more, label %owner, label %done
+done:
   ret void
 }
 
 define internal i32 @launch(ptr %body, ptr %data, i32 %wanted) {
   %job = alloca %job
   %data.at = getelementptr %job, ptr %job, i32 0, i32 1
+  %counters.at = getelementptr %job, ptr %job, i32 0, i32 2
   store ptr %body, ptr %job
   store ptr %data, ptr %data.at
   %parallel = load ptr, ptr @openmp
@@ -63,9 +92,16 @@ define internal i32 @launch(ptr %body, ptr %data, i32 %wanted) {
   %max = call i32 %max.of()
   %all = icmp eq i32 %wanted, 0
   %count = select i1 %all, i32 %max, i32 %wanted
+  %counters = alloca %counter, i32 %count, align 64
+  %long = zext i32 %count to i64
+  %size = mul i64 %long, 64
+  call void @llvm.memset.p0.i64(ptr %counters, i8 0, i64 %size, i1 false)
+  store ptr %counters, ptr %counters.at
   call void %parallel(ptr @task, ptr %job, i32 %count, i32 0)
   ret i32 0
 }
+
+declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 
 define i32 @__tvm_ffi_launcher(ptr %self, ptr %args, i32 %count, ptr %result) {
   %from.0 = getelementptr i8, ptr %args, i64 8

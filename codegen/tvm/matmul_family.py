@@ -34,6 +34,7 @@ TILES = ((6, 4), (9, 3), (8, 3), (13, 2), (12, 2))  # rows x vectors: 24 to 27 a
 SMALL_TILES = ((4, 2), (6, 1))  # for 16 vector registers
 MOST = ((1, 9), (4_000_000, 1), (40_000_000, 3), (math.inf, 9))  # schedules by floating point operations; 0: unknown
 BLOCK_COLUMNS = 192  # of one task when rows are cut into blocks
+SHARES = 4  # tasks of a core, so that a core that is slow for a while can be helped
 SERIAL_BELOW = 400_000  # floating point operations that are not worth a launch on several threads
 
 
@@ -156,6 +157,8 @@ def _cuts(product: Product, height: int, panels: int, target: Target) -> Iterabl
     if product.batch:
         yield tiles, panels
     if panels >= cores:
+        if panels >= SHARES * cores:
+            yield tiles, -(-panels // (SHARES * cores))
         yield tiles, -(-panels // cores)
     if rows is None or tiles >= 2 * cores:
         cache = target.caches[1] if len(target.caches) > 1 else 1 << 20
