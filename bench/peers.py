@@ -2,10 +2,12 @@
 
     python bench/peers.py [--quick] [--only MODEL ...] [--batch N ...] [--peers NAME ...] [--json FILE] [--table FILE]
 
-One process per model and batch builds every contender, checks it against eager, and then takes turns: each sample is
-preceded by a pause and one call that is not timed, so that the spinning threads of the last contender have gone to
-sleep and the caches belong to this one. Reported are medians, and the ratio to the fastest peer with the 95%
-confidence interval of the median over the rounds. All compute in float32.
+One process per model and batch builds every contender, checks it against eager, and then takes turns in an order that
+is drawn anew in each round: each sample is preceded by a pause and one call that is not timed, so that the spinning
+threads of the last contender have gone to sleep and the caches belong to this one. (ONNX Runtime's spin for tens of
+milliseconds: with a short pause and a fixed order, whoever came after it lost a quarter of its speed.) Reported are
+medians, and the ratio to the fastest peer with the 95% confidence interval of the median over the rounds. All compute
+in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import resource
 import statistics
 import time
@@ -31,7 +34,7 @@ import torch
 from torchlathe.targets.measure import median_interval
 
 Call = Callable[[], Any]
-PAUSE = 0.02  # seconds between contenders: longer than the threads of any runtime spin
+PAUSE = 0.15  # seconds between contenders: longer than the threads of any runtime spin
 TOLERANCE = 2e-3  # of the largest value: far above rounding, far below a wrong kernel or bfloat16
 
 
@@ -96,23 +99,23 @@ CONTENDERS: dict[str, Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], Call
 
 
 def sample(calls: dict[str, Call], seconds: float) -> dict[str, list[float]]:
-    """Seconds per call of each contender, one sample per round, the order rotating."""
+    """Seconds per call of each contender, one sample per round, in random order."""
     names, found = list(calls), {name: list[float]() for name in calls}
     batches = {}
     for name, call in calls.items():
         start = time.perf_counter()
         call()
         batches[name] = max(1, min(20, round(0.03 / (time.perf_counter() - start))))
-    start, number = time.perf_counter(), 0
-    while number < 7 or time.perf_counter() - start < seconds:
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+    start, rounds, draw = time.perf_counter(), 0, random.Random(0)
+    while rounds < 7 or time.perf_counter() - start < seconds:
+        for name in draw.sample(names, len(names)):
             time.sleep(PAUSE)
             calls[name]()
             begin = time.perf_counter()
             for _ in range(batches[name]):
                 calls[name]()
             found[name].append((time.perf_counter() - begin) / batches[name])
-        number += 1
+        rounds += 1
     return found
 
 
