@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..passes.errors import ArtefactError
-from ..passes.ops import NAMESPACE, linear_int4
+from ..passes.ops import NAMESPACE, define
 
 _OVERLOAD = re.compile(r"([a-z]+)\.(\w+)\.(\w+)", re.ASCII)
 
@@ -70,7 +70,7 @@ def operator_of(name: str) -> Callable[..., Any]:
     if found is None or found[1] not in ("aten", "mkldnn", NAMESPACE):
         raise _refusal(name, "it is not in the allow-list")
     if found[1] == NAMESPACE:
-        linear_int4()  # defines the operators of this package
+        define()
     packet = getattr(getattr(torch.ops, found[1]), found[2], None)
     if not isinstance(packet, torch._ops.OpOverloadPacket) or found[3] not in packet.overloads():
         raise ArtefactError(f"torch {torch.__version__} has no operator {name}",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .exact.hoist_invariant import HoistInvariant as HoistInvariant
     from .exact.merge_common import MergeCommon as MergeCommon
     from .exact.merge_reparam import MergeReparam as MergeReparam
+    from .lossy.merge_tokens import MergeTokens as MergeTokens
 
 PASSES = {
     "DropDead": ".exact.drop_dead",
@@ -26,6 +27,7 @@ PASSES = {
     "HoistInvariant": ".exact.hoist_invariant",
     "MergeCommon": ".exact.merge_common",
     "MergeReparam": ".exact.merge_reparam",
+    "MergeTokens": ".lossy.merge_tokens",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -15,6 +16,11 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     schema = node.target._schema.arguments
     found = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
     return {a.name: found.get(a.name, a.default_value) for a in schema}
+
+
+def expression(size: Any) -> sympy.Expr:
+    """A size or stride as a sympy expression; adds no guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def erase_unused(node: fx.Node) -> None:

@@ -10,6 +10,8 @@ import functools
 import torch
 from torch.nn import functional as F
 
+from . import token_ops
+
 NAMESPACE = "torchlathe"
 LINEAR_INT4 = "linear_int4(Tensor input, Tensor weight, Tensor scale, Tensor offset, Tensor? bias=None) -> Tensor"
 
@@ -21,9 +23,7 @@ def linear_int4() -> torch._ops.OpOverload:
     to 15) of an even input in the low half of a byte, that of the next one in the high half. ``scale`` and ``offset``
     are [outputs, groups] float32; group g covers inputs / groups neighbouring inputs, an even number.
     """
-    _defined()
-    found: torch._ops.OpOverload = torch.ops.torchlathe.linear_int4.default
-    return found
+    return _named("linear_int4")
 
 
 def pack_int4(levels: torch.Tensor) -> torch.Tensor:
@@ -40,12 +40,46 @@ def unpack_int4(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor)
     return full.flatten(1)
 
 
+def take() -> torch._ops.OpOverload:
+    """Elements along a dimension, chosen anew in each sample; see `token_ops.take`."""
+    return _named("take")
+
+
+def merge_tokens() -> torch._ops.OpOverload:
+    """The most similar pairs of tokens become one; see `token_ops.merge_tokens`."""
+    return _named("merge_tokens")
+
+
+def best_tokens() -> torch._ops.OpOverload:
+    """Places of the tokens of the highest score; see `token_ops.best_tokens`."""
+    return _named("best_tokens")
+
+
+def _named(name: str) -> torch._ops.OpOverload:
+    _defined()
+    found: torch._ops.OpOverload = getattr(torch.ops.torchlathe, name).default
+    return found
+
+
+def define() -> None:
+    """Define all operators of this module; a second time does nothing."""
+    _defined()
+
+
 @functools.cache
 def _defined() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "FRAGMENT")
-    library.define(LINEAR_INT4)
-    library.impl("linear_int4", _linear_int4, "CompositeExplicitAutograd")
-    library.impl("linear_int4", _shape_of_linear, "Meta")
+    meanings = {
+        LINEAR_INT4: (_linear_int4, _shape_of_linear),
+        token_ops.TAKE: (token_ops.take, token_ops.take_shape),
+        token_ops.MERGE: (token_ops.merge_tokens, token_ops.merge_shapes),
+        token_ops.BEST: (token_ops.best_tokens, token_ops.best_shape),
+    }
+    for schema, (meaning, shape) in meanings.items():
+        library.define(schema)
+        name = schema.partition("(")[0]
+        library.impl(name, meaning, "CompositeExplicitAutograd")
+        library.impl(name, shape, "Meta")
     return library
 
 

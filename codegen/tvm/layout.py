@@ -10,15 +10,11 @@ import sympy
 import torch
 from tvm import tirx
 
+from ...passes.nodes import expression as expression
 from .values import FIXED, Coordinate, Extent, Unsupported, Value
 
 STORED = {torch.bfloat16: "uint16", torch.bool: "int8"}  # how the kernel itself reads and writes these
 OPEN = 1 << 40  # extent of the flat views: their bounds are those of the checked parameter
-
-
-def expression(extent: Extent) -> sympy.Expr:
-    """A size or stride as a sympy expression; adds no guard."""
-    return extent.node.expr if isinstance(extent, torch.SymInt) else sympy.Integer(extent)
 
 
 def equal(a: sympy.Expr, b: sympy.Expr) -> bool:

@@ -280,5 +280,5 @@ def test_hidden_blocks_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_known_mask_for_few_queries() -> None:
-    known(Windowed(window(1, 100, 30)), operands(1, 100))
-    known(Windowed(torch.randn(3, 1, 1, 100)), operands(1, 100, batch=3))
+    assert known(Windowed(window(1, 100, 30)), operands(1, 100))
+    assert known(Windowed(torch.randn(3, 1, 1, 100)), operands(1, 100, batch=3))

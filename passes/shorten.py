@@ -1,0 +1,248 @@
+"""Shape editing: from one value on, an axis is shorter, and its elements are chosen anew in every sample.
+
+All that descends from the value follows: sizes baked into views are dealt out again, other tensors that carry the axis
+(positions, masks, rotary tables) are taken at the chosen elements, and every shape is inferred anew and compared with
+what the axes say it must be, so that no old size is left. An operator for which the order or the number of elements
+matters stops the edit with its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from . import ops
+from .axis import ONE, Axes, Dim
+from .axis_rules import ALIKE, ELEMENTWISE, NORMS, REDUCTIONS
+from .nodes import arguments, expression
+from .program import Program
+
+aten = torch.ops.aten
+ALONE = {"layer_norm", "rms_norm", "linear", "softmax", "_softmax", "_safe_softmax", "log_softmax", *NORMS}
+PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum"}
+ARRANGED = {"permute", "transpose", "t", "mT", "unsqueeze", "squeeze", "flatten"}
+DEALT = {"view", "_unsafe_view", "reshape"}
+PIECES = {"split", "split_with_sizes", "chunk", "unbind", "stack", "cat"}
+WHOLE = 1 << 40  # ends of slices from here on mean "to the end"
+
+
+class Stopped(Exception):
+    """The axis cannot be made shorter; `node` is where."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node = node
+
+
+def contains(dim: Dim, axis: Dim) -> bool:
+    """Whether a dimension is made of the whole axis and perhaps others."""
+    return any(dim[k : k + len(axis)] == axis for k in range(len(dim) - len(axis) + 1))
+
+
+@dataclass
+class Shortening:
+    """One edit.
+
+    Attributes:
+        program: what is edited, in place.
+        axes: its axes; nodes that the edit inserts get theirs.
+        axis: what gets shorter, as one dimension.
+        activations: nodes that hold activations: they cannot be taken at the chosen elements, since they would be
+            read as they were before the edit.
+        protected: leading elements that keep their places.
+    """
+
+    program: Program
+    axes: Axes
+    axis: Dim
+    activations: set[fx.Node]
+    protected: int = 0
+    changed: dict[fx.Node, list[int]] = field(default_factory=dict)
+    taken: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
+    kept: fx.Node | None = None
+    lengths: tuple[sympy.Expr, sympy.Expr] = (ONE, ONE)  # of the axis, before and after the edit
+
+    def apply(self, at: fx.Node, new: fx.Node, kept: fx.Node, own: Iterable[fx.Node]) -> None:
+        """Let readers of `at` other than `own` read `new`, and follow. Raises Stopped: the graph is then void.
+
+        Args:
+            at: [batch, axis, ...].
+            new: the same, shorter.
+            kept: [batch, shorter axis], the place of each element of `new` along the axis of `at`.
+        """
+        own = set(own)
+        for user in [u for u in at.users if u not in own]:
+            user.replace_input_with(at, new)
+        self.kept, self.changed, self.taken = kept, {new: self.places(at)}, {}
+        self.lengths = expression(at.meta["val"].shape[1]), expression(new.meta["val"].shape[1])
+        after = False
+        for node in list(self.program.graph.nodes):
+            after = after or node is new
+            if after and node is not new and any(n in self.changed for n in node.all_input_nodes):
+                if node.op == "output":
+                    continue
+                self._follow(node)
+
+    def places(self, node: fx.Node) -> list[int]:
+        """Dimensions of a node's tensor that carry the axis. Raises Stopped if one carries a part of it."""
+        found = []
+        for k, dim in enumerate(self.axes.of(node)):
+            if contains(dim, self.axis):
+                found.append(k)
+            elif any(a in dim for a in self.axis):
+                raise Stopped(node, "it takes the axis apart")
+        return found
+
+    def _follow(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if not isinstance(value, (torch.Tensor, tuple, list)):
+            self.program.infer(node)  # a size
+            return
+        places = self.places(node) if isinstance(value, torch.Tensor) else []
+        self._check(node)
+        self._take_sides(node)
+        self._deal(node)
+        self.program.infer(node)
+        self._verify(node, value)
+        carried = places or (not isinstance(value, torch.Tensor) and self._any(node))
+        if carried:
+            self.changed[node] = places
+
+    def _any(self, node: fx.Node) -> bool:
+        """Whether one of several results carries the axis."""
+        return any(
+            contains(self.axes.resolve(d), self.axis) for dims in self.axes.values[node] or () for d in dims or ()
+        )
+
+    def _check(self, node: fx.Node) -> None:
+        """Raise Stopped where the operator's answer depends on the order or the number of the axis's elements."""
+        if node in self.axes.unknown:
+            raise Stopped(node, f"its axes are not known: {self.axes.unknown[node]}")
+        name = _name(node)
+        mixed = any(contains(d, self.axis) for d in self.axes.mixed(node))
+        if name == "getitem" or torch.Tag.pointwise in getattr(node.target, "tags", ()) or name in ELEMENTWISE:
+            return
+        if name in ALIKE and name not in ("scatter", "scatter_add", "index_put", "triu", "tril"):
+            return
+        if name == "scaled_dot_product_attention":
+            if arguments(node)["is_causal"]:
+                raise Stopped(node, "attention is causal: tokens of different places would be told apart by order")
+            return
+        if name in ("softmax", "_softmax", "_safe_softmax", "log_softmax") or name in REDUCTIONS:
+            return
+        if name in PRODUCTS:
+            if mixed and any(n not in self.changed for n in node.all_input_nodes if self._carries(n)):
+                raise Stopped(node, "it mixes the axis by a matrix of its own")
+            return
+        if name == "slice" and self._leading(node):
+            return
+        if name == "select" and self._selects_protected(node):
+            return
+        known = name in ALONE | ARRANGED | DEALT | PIECES | {"expand", "repeat"}
+        if mixed or not known or (name in ("cat", "slice", "select") and self._along(node)):
+            raise Stopped(node, f"{name} works along the axis")
+
+    def _carries(self, node: fx.Node) -> bool:
+        return isinstance(node.meta.get("val"), torch.Tensor) and any(
+            contains(d, self.axis) for d in self.axes.of(node)
+        )
+
+    def _along(self, node: fx.Node) -> bool:
+        """Whether the operator's `dim` is one that carries the axis in a tensor argument."""
+        given = arguments(node)
+        tensors = given["tensors"] if "tensors" in given else [given["self"]]
+        dims = [self.axes.of(t) for t in tensors]
+        return any(contains(d[given["dim"] % len(d)], self.axis) for d in dims)
+
+    def _leading(self, node: fx.Node) -> bool:
+        """Whether a slice takes all, all but some protected elements, or protected elements only."""
+        if not self._along(node):
+            return True
+        given = arguments(node)
+        start, end, source = given["start"] or 0, given["end"], given["self"]
+        size = source.meta["val"].shape[given["dim"]]
+        if given["step"] != 1 or not isinstance(start, int) or not 0 <= start <= self.protected:
+            return False
+        if isinstance(end, int) and 0 <= end <= self.protected:
+            return True
+        return end is None or (isinstance(end, int) and (end >= WHOLE or (isinstance(size, int) and end >= size)))
+
+    def _selects_protected(self, node: fx.Node) -> bool:
+        index = arguments(node)["index"]
+        return not self._along(node) or (isinstance(index, int) and 0 <= index < self.protected)
+
+    def _take_sides(self, node: fx.Node) -> None:
+        """Replace arguments that carry the axis, and do not descend from the edit, by their chosen elements."""
+        rank = len(self.axes.of(node)) if isinstance(node.meta["val"], torch.Tensor) else None
+        for source in node.all_input_nodes:
+            if source in self.changed or not self._carries(source):
+                continue
+            if source in self.activations:
+                raise Stopped(node, f"it reads {source.name}, which is older than the edit")
+            if rank is None or _name(node) in ("linear", "layer_norm", "rms_norm", "embedding"):
+                raise Stopped(node, f"{source.name} carries the axis in a way that cannot be followed")
+            if _name(node) == "scaled_dot_product_attention":
+                rank = len(self.axes.of(arguments(node)["query"]))
+            node.replace_input_with(source, self._taken(source, rank, node))
+
+    def _taken(self, source: fx.Node, rank: int, before: fx.Node) -> fx.Node:
+        """The chosen elements of a tensor, with a batch dimension, as broadcast against tensors of this rank."""
+        if (source, rank) not in self.taken:
+            value, dims = source, self.axes.of(source)
+            for _ in range(rank - len(dims)):
+                value, dims = self.program.call(aten.unsqueeze.default, value, 0, before=before), [(), *dims]
+            for place, dim in enumerate(dims):
+                if any(a in dim for a in self.axis):
+                    if dim != self.axis or place == 0:
+                        raise Stopped(before, f"{source.name} carries the axis flattened together with others")
+                    value = self.program.call(ops.take(), value, place, self.kept, before=before)
+            batch = self.axes.of(next(iter(self.changed)))[0]
+            self.axes.values[value] = [batch, *dims[1:]]
+            self.taken[source, rank] = value
+            self.changed[value] = [k for k, d in enumerate(dims) if d == self.axis]
+        return self.taken[source, rank]
+
+    def _deal(self, node: fx.Node) -> None:
+        """Sizes of views and expansions that hold the axis."""
+        name = _name(node)
+        if name not in DEALT | {"expand"}:
+            return
+        source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
+        places = [k for k, d in enumerate(self.axes.of(node)) if contains(d, self.axis)]
+        if name == "expand":
+            for k in places:
+                sizes[k] = -1
+        elif len(places) == 1:
+            known = [s if s != -1 else n for s, n in zip(sizes, node.meta["val"].shape, strict=True)]
+            sizes = [-1 if k == places[0] else n for k, n in enumerate(known)]
+            if any(isinstance(n, torch.SymInt) for n in sizes):
+                raise Stopped(node, "a view with two open sizes")
+        elif places:
+            raise Stopped(node, "a view in which the axis occurs twice")
+        node.args = (source, sizes, *node.args[2:])
+
+    def _verify(self, node: fx.Node, before: Any) -> None:
+        """Compare the inferred shape with what the axes say. Raises Stopped for a size that is left over."""
+        after = node.meta["val"]
+        pairs = [(before, after, self.axes.values[node])] if isinstance(after, torch.Tensor) else list(
+            zip(before, after, self.axes.values[node], strict=True))  # fmt: skip
+        for old, new, dims in pairs:
+            if not isinstance(new, torch.Tensor):
+                continue
+            for size, found, dim in zip(old.shape, new.shape, dims, strict=True):
+                wanted = expression(size)
+                if contains(self.axes.resolve(dim), self.axis):
+                    wanted = wanted * self.lengths[1] / self.lengths[0]
+                if expression(found) != wanted and (wanted - expression(found)).simplify() != 0:
+                    raise Stopped(node, f"a size of {found} where {wanted} was expected")
+
+
+def _name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[1]
+    return getattr(node.target, "__name__", str(node.target))
