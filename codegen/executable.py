@@ -45,7 +45,7 @@ class Executable(torch.nn.Module):
         self.program, self.choices, self.report = program, list(choices), report
         self.counts: dict[str, int] = {"eager fallbacks": 0}
         self.__dict__["_model"] = model
-        self._run, self.source = _assemble(program, self.choices)
+        self._run, self.source, self.premade = _assemble(program, self.choices)
         self._leaves = _plain_structure(program)
         self._unflatten = _result_builder(program)
         self._slots = [(s.slot, s.output) for s in program.state]
@@ -234,8 +234,11 @@ def _detached(results: Sequence[Any], positions: Sequence[int]) -> list[Any]:
     return found
 
 
-def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[..., Any], str]:
-    """One function over the flat inputs that guards them, calls every kernel in order and returns the flat outputs."""
+def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[..., Any], str, frozenset[fx.Node]]:
+    """One function over the flat inputs that guards them, calls every kernel in order and returns the flat outputs.
+
+    Also its text, and the nodes that no call computes: views that were made with the arena.
+    """
     source, names = Source(), dict[fx.Node, str]()
     parameters = []
     for node in program.inputs:
@@ -269,7 +272,8 @@ def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[...
         source.lines.append(f"result = {result}")
         source.lines.append(f"{source.bind(arenas.give, 'give')}(block)")
         result = "result"
-    return source.build(parameters, result)
+    premade = frozenset(() if arenas is None else arenas.views)
+    return (*source.build(parameters, result), premade)
 
 
 def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapping[fx.Node, str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from ..codegen.cache import load as load_artefact
 from ..codegen.executable import Executable, threads
 from ..codegen.tuner import LEVELS, Tuner
 from ..codegen.versions import versions
-from ..passes.base import Context, Pass
+from ..passes.axes import analyse
+from ..passes.base import Context, Fidelity, Pass
 from ..passes.capture import capture
 from ..passes.errors import InputError, LatheError, UnknownNameError
 from ..passes.program import Program
@@ -27,7 +30,7 @@ from ..targets.target import Target
 from .judge import Judge, lower_and_judge, recorded
 from .kernels import kernel_rows
 from .pipeline import PASSES, run_passes
-from .quality import Quality, agreement
+from .quality import Quality, score
 from .report import Report
 
 Progress = Callable[[str], None]
@@ -59,7 +62,7 @@ def optimize(
         target: name of a target that this host can run, or a Target.
         passes: apply exactly these, in this order (instances or names); None applies the standard list.
         data: calibration batches, each a tuple of positional inputs; the report states the agreement on them.
-        quality: budget for lossy passes; exact passes never need it.
+        quality: budget for lossy passes; without one a lossy pass that `passes` names stays if it is faster.
         dynamic_shapes: as in `torch.export.export`.
         limit: stop after this many kept rewrites.
         level: ``fast`` measures nothing and takes the likeliest kernels; ``default`` measures candidates that are not
@@ -120,23 +123,31 @@ def compile_program(
     """
     tuner = tuner or make_tuner()
     before, flat = program.text(), [_dense(v) for v in flat]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        wanted = program.run(flat)
+    wanted = _run(program, flat)
     ctx = Context(target, data=data, quality=quality, records=tuner.records)
-    judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records)
+    batches = [pytree.tree_leaves(b) for b in data or ()]
+    judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records, original=program,
+                  batches=batches)  # fmt: skip
     best, steps = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
+    if any(s.kept and s.fidelity == Fidelity.LOSSY.value for s in steps):
+        judge = replace(judge, wanted=_run(best, flat))  # kernels must give the answers of what they compute
     result, step, notes = lower_and_judge(best, target, judge, tuner, progress)
     result.__dict__["_model"] = original
-    report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result.choices, target), notes=notes)
+    report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result, target), notes=notes)
     report.graph_before, report.graph_after, report.versions = before, best.text(), versions()
     report.counts = result.counts
     result.report = report
-    if data is not None:
-        found = [(best.run(b), program.run(b)) for b in map(pytree.tree_leaves, data)]
-        score = sum(agreement(a, b) for a, b in found) / max(len(found), 1)
-        notes.append(f"agreement with the original on {len(found)} batches: {score:.6f}")
+    if batches:
+        with contextlib.suppress(ValueError):  # a result of another shape, which a metric of the user's has judged
+            found = score(program.run, best.run, batches)
+            notes.append(f"agreement with the original on {len(batches)} batches: {found.value:.6f}")
     return result
+
+
+def _run(program: Program, flat: Sequence[Any]) -> list[Any]:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return program.run(flat)
 
 
 def explain(
@@ -160,6 +171,18 @@ def explain(
     best, steps = run_passes(program, rewrites, Context(chosen), judge)
     return Report(type(model).__name__, chosen.name, _device(chosen), steps, graph_before=program.text(),
                   graph_after=best.text(), took=time.perf_counter() - start, versions=versions())  # fmt: skip
+
+
+def axes(
+    model: torch.nn.Module | torch.export.ExportedProgram,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+) -> str:
+    """Which logical axis is each dimension of each tensor of a model, as text: one line per value."""
+    _check_example(args)
+    return analyse(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)).text()
 
 
 def load(path: str | os.PathLike[str], *, native: bool = True) -> Executable:

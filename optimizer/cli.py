@@ -107,15 +107,22 @@ def optimize(
         Console().print(Text(f"wrote {path} ({amount_text(path.stat().st_size, 3)}B)"), soft_wrap=True)
 
 
-def explain(spec: Spec, target: TargetName = "cpu", passes: Passes = None, debug: Debug = False) -> None:
+def explain(
+    spec: Spec,
+    target: TargetName = "cpu",
+    passes: Passes = None,
+    axes: Annotated[bool, typer.Option("--axes", help="show the logical axes of every value instead")] = False,
+    debug: Debug = False,
+) -> None:
     """Say which passes would fire where, and why the others would not. Nothing is timed."""
     with _plain_errors(debug), _progress("importing") as say:
         model, args, kwargs = _example(spec)
         from . import api
 
-        say("trying the passes")
-        found = api.explain(model, args, kwargs, target=target, passes=_names(passes))
-    Console().print(found)
+        say("reading the axes" if axes else "trying the passes")
+        found: Any = (api.axes(model, args, kwargs) if axes else
+                      api.explain(model, args, kwargs, target=target, passes=_names(passes)))  # fmt: skip
+    Console().print(found, markup=False, soft_wrap=axes)
 
 
 def bench(

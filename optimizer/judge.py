@@ -22,6 +22,7 @@ from ..targets import cost
 from ..targets.measure import Comparison, Timing, compare
 from ..targets.records import Records, key_of
 from ..targets.target import Target, fingerprint
+from .quality import score
 from .report import Step
 
 Make = Callable[[], Callable[[], Any]]
@@ -41,6 +42,8 @@ class Judge:
         wanted: flat outputs of the original program on them.
         budget: seconds of interleaved timing per rewrite.
         records: where comparisons are looked up and kept.
+        original: the program that was captured; lossy rewrites are scored against it.
+        batches: flat inputs that lossy rewrites are scored on; the example inputs if there are none.
     """
 
     inputs: Sequence[Any]
@@ -48,14 +51,25 @@ class Judge:
     budget: float = 0.6
     timed: bool = True
     records: Records = field(default_factory=Records)
+    original: Program | None = None
+    batches: Sequence[Sequence[Any]] = ()
 
     def decide(self, before: Program, after: Program, rewrite: Pass, ctx: Context, step: Step) -> Step:
-        """The step with its verdict. An exact rewrite stays unless it is wrong or measurably slower."""
+        """The step with its verdict.
+
+        An exact rewrite stays unless it is wrong or measurably slower. A lossy one must be measurably faster, and stay
+        within the quality budget if there is one; its score is in the step either way.
+        """
         try:
             well_formed(after)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                same_answers(after, self.inputs, self.wanted, rewrite.name)
+                if rewrite.fidelity is not Fidelity.LOSSY:
+                    same_answers(after, self.inputs, self.wanted, rewrite.name)
+                else:
+                    step = self._scored(after, ctx, step)
+                    if step.reason:
+                        return step
         except VerifyError as error:
             return replace(step, reason=error.what)
         if not self.timed or _calls(before) == _calls(after):
@@ -65,6 +79,21 @@ class Judge:
             lambda: self._call(trial(before, ctx.target)), lambda: self._call(trial(after, ctx.target)),
         )  # fmt: skip
         return self._verdict(seen, step, rewrite.fidelity)
+
+    def _scored(self, after: Program, ctx: Context, step: Step) -> Step:
+        """The step with its quality, and with a reason if the quality is not enough."""
+        budget = ctx.quality
+        try:
+            found = score(self._wanted, after.run, self.batches or [self.inputs], budget.metric if budget else None)
+        except ValueError as reason:
+            return replace(step, reason=f"{reason}; give a metric that can judge it")
+        step = replace(step, quality=found.value)
+        if budget is not None and not found.drop <= budget.max_drop:
+            return replace(step, reason=f"quality drops by {found.drop:.4g}, the budget is {budget.max_drop:.4g}")
+        return step
+
+    def _wanted(self, batch: Sequence[Any]) -> Sequence[Any]:
+        return self.wanted if self.original is None else self.original.run(batch)
 
     def decide_lowering(self, plain: Executable, lowered: Executable, target: Target, step: Step) -> Step:
         """The step with its verdict: the kernels together must give the original's answers and not be slower."""

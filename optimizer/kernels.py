@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from torch import fx
 
 from ..codegen.eager import op_name
+from ..codegen.executable import Executable
 from ..codegen.select import Choice
 from ..targets import cost
 from ..targets.target import Target
 from .report import KernelRow
 
 
-def kernel_rows(choices: Sequence[Choice], target: Target) -> list[KernelRow]:
-    """One row per distinct kernel, the most expensive first; eager operators are grouped by name and shapes."""
+def kernel_rows(executable: Executable, target: Target) -> list[KernelRow]:
+    """One row per distinct kernel, the most expensive first; eager operators are grouped by name and shapes.
+
+    Views that were made once are no kernels of a call and are left out.
+    """
+    choices = [c for c in executable.choices if not executable.premade.issuperset(c.region.nodes)]
     groups: dict[tuple[str, str], list[Choice]] = {}
     for choice in choices:
         key = choice.region.digest() if choice.kernel.backend != "eager" or choice.rivals else choice.kernel.name

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .exact.merge_common import MergeCommon as MergeCommon
     from .exact.merge_reparam import MergeReparam as MergeReparam
     from .lossy.merge_tokens import MergeTokens as MergeTokens
+    from .lossy.prune_tokens import PruneTokens as PruneTokens
 
 PASSES = {
     "DropDead": ".exact.drop_dead",
@@ -28,6 +29,7 @@ PASSES = {
     "MergeCommon": ".exact.merge_common",
     "MergeReparam": ".exact.merge_reparam",
     "MergeTokens": ".lossy.merge_tokens",
+    "PruneTokens": ".lossy.prune_tokens",
 }
 
 

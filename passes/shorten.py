@@ -55,6 +55,8 @@ class Shortening:
         activations: nodes that hold activations: they cannot be taken at the chosen elements, since they would be
             read as they were before the edit.
         protected: leading elements that keep their places.
+        in_order: whether what stays keeps its order and what it stands for.
+        keeps_last: whether the last element stays last.
     """
 
     program: Program
@@ -62,6 +64,8 @@ class Shortening:
     axis: Dim
     activations: set[fx.Node]
     protected: int = 0
+    in_order: bool = False
+    keeps_last: bool = False
     changed: dict[fx.Node, list[int]] = field(default_factory=dict)
     taken: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
     kept: fx.Node | None = None
@@ -130,7 +134,7 @@ class Shortening:
         if name in ALIKE and name not in ("scatter", "scatter_add", "index_put", "triu", "tril"):
             return
         if name == "scaled_dot_product_attention":
-            if arguments(node)["is_causal"]:
+            if arguments(node)["is_causal"] and not self.in_order:
                 raise Stopped(node, "attention is causal: tokens of different places would be told apart by order")
             return
         if name in ("softmax", "_softmax", "_safe_softmax", "log_softmax") or name in REDUCTIONS:
@@ -174,7 +178,8 @@ class Shortening:
 
     def _selects_protected(self, node: fx.Node) -> bool:
         index = arguments(node)["index"]
-        return not self._along(node) or (isinstance(index, int) and 0 <= index < self.protected)
+        stays = isinstance(index, int) and (0 <= index < self.protected or (index == -1 and self.keeps_last))
+        return stays or not self._along(node)
 
     def _take_sides(self, node: fx.Node) -> None:
         """Replace arguments that carry the axis, and do not descend from the edit, by their chosen elements."""

@@ -104,8 +104,8 @@ def best_tokens(score: torch.Tensor, count: int, protected: Sequence[int]) -> to
     """Places of the `count` tokens of the highest score, and of protected ones, in order: [batch, chosen]."""
     score = score.to(torch.float32).clone()
     score[:, list(protected)] = torch.inf
-    chosen = score.topk(min(count + len(protected), score.shape[1]), 1).indices
-    return chosen.sort(1).values
+    order = score.sort(dim=1, descending=True, stable=True).indices  # of equal scores the first place wins
+    return order[:, : count + len(protected)].sort(1).values
 
 
 def best_shape(score: torch.Tensor, count: int, protected: Sequence[int]) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,8 +73,13 @@ class Tokens:
     activations: set[fx.Node]
 
 
-def find_tokens(program: Program) -> Tokens | Refusal:
-    """The token axis of a program, or why it has none that can be shortened."""
+def find_tokens(program: Program, in_order: bool = False) -> Tokens | Refusal:
+    """The token axis of a program, or why it has none that can be shortened.
+
+    Args:
+        in_order: whether the tokens that stay keep their order and what they stand for, so that masks which tell
+            tokens apart by place (causal ones) can be taken along.
+    """
     stream = find_stream(program)
     if stream is None:
         return Refusal("no residual stream leads to the first result")
@@ -95,7 +101,7 @@ def find_tokens(program: Program) -> Tokens | Refusal:
         return Refusal("no attention on the residual stream")
     values = Values(program)
     for site in sites:
-        if site.mask is not None and varies(values, site.mask, -2):
+        if not in_order and site.mask is not None and varies(values, site.mask, -2):
             return Refusal.at(site.attention, "its mask differs from query to query: tokens are told apart by place")
     after = _descendants(stream.values[0])
     places = sorted({*protected(axes, axis), *_selected(axes, axis, after)})
@@ -195,6 +201,11 @@ def _depends_on_input(node: fx.Node) -> bool:
                 found.add(source)
                 stack.append(source)
     return False
+
+
+def leading(places: Sequence[int]) -> int:
+    """How many of the first places are among these, without a gap."""
+    return next((k for k, p in enumerate(sorted(places)) if p != k), len(places))
 
 
 def valid_tokens(program: Program, site: Site, before: fx.Node) -> fx.Node | None:

@@ -15,7 +15,7 @@ from ..base import Context, Fidelity, Pass, Refusal
 from ..nodes import arguments
 from ..program import Program
 from ..shorten import Shortening, Stopped, contains
-from ..tokens import Site, Tokens, find_tokens, valid_tokens
+from ..tokens import Site, Tokens, find_tokens, leading, valid_tokens
 
 aten = torch.ops.aten
 REDUCTIONS = {"mean", "sum"}
@@ -117,7 +117,7 @@ class _Merging:
         node = program.call(ops.merge_tokens(), at, size, metric, count, list(self.protected), valid, before=before)
         new, sizes, kept = (program.call(operator.getitem, node, k, before=before) for k in range(3))
         axes.values[new] = list(axes.of(at))
-        edit = Shortening(program, axes, self.tokens.axis, self.tokens.activations, _leading(self.protected))
+        edit = Shortening(program, axes, self.tokens.axis, self.tokens.activations, leading(self.protected))
         edit.apply(at, new, kept, [*own, node])
         self.tokens.activations.add(new)
         self.sizes.append((new, sizes))
@@ -145,6 +145,7 @@ class _Merging:
         dtype = given["query"].meta["val"].dtype
         bias = call(aten.log.default, size, before=node)
         bias = call(aten.unsqueeze.default, call(aten.unsqueeze.default, bias, 1, before=node), 1, before=node)
+        bias = self._for_heads(node, given["key"], bias)
         if dtype is not torch.float32:
             bias = call(aten._to_copy.default, bias, before=node, dtype=dtype)
         mask = given["attn_mask"]
@@ -154,6 +155,19 @@ class _Merging:
             bias = call(aten.add.Tensor, mask, bias, before=node)
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
         node.args = (*node.args[:3], bias, *node.args[4:])
+
+    def _for_heads(self, node: fx.Node, key: fx.Node, bias: fx.Node) -> fx.Node:
+        """[batch, 1, 1, tokens] for keys of [batch, heads, ...], or of [1, batch x heads, ...]. Raises Stopped."""
+        batch = self.tokens.axes.of(self.tokens.sites[0].at)[0]
+        first, heads = self.tokens.axes.of(key)[:2]
+        if first == batch or not batch:
+            return bias
+        sizes = [*key.meta["val"].shape[:2], *bias.meta["val"].shape]
+        if first or heads[: len(batch)] != batch or not all(isinstance(n, int) for n in sizes):
+            raise Stopped(node, "attention whose batch cannot be told from its heads")
+        many, samples, length = sizes[1], sizes[2], sizes[-1]
+        bias = self.program.call(aten.expand.default, bias, [samples, many // samples, 1, length], before=node)
+        return self.program.call(aten.reshape.default, bias, [1, many, 1, length], before=node)
 
     def _weighted(self, node: fx.Node, name: str, size: fx.Node) -> None:
         """A sum over tokens times their sizes; a mean is that over the number of original tokens."""
@@ -180,8 +194,3 @@ class _Merging:
                 aten.div.Tensor, total, call(aten.sum.dim_IntList, weight, listed, keep, before=node), before=node
             )
         node.replace_all_uses_with(total)
-
-
-def _leading(protected: Sequence[int]) -> int:
-    """How many places from the first on are protected."""
-    return next((k for k, p in enumerate(sorted(protected)) if p != k), len(protected))

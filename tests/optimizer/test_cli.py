@@ -155,6 +155,14 @@ def test_default_is_the_standard_passes(call, stub):
     assert stub[0][3] == {"target": "cpu", "passes": None}
 
 
+def test_explain_shows_axes(call):
+    result = call("explain", "nets:mlp", "--axes")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert any(line.startswith("linear [") and " mixes " in line for line in lines)
+    assert any(" = " in line for line in lines)
+
+
 def test_explain_prints_reasons_as_they_are(call, stub):
     result = call("explain", "nets.py:mlp")
     assert "refused: no norm [here]" in result.output

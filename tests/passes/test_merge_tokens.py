@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import DEPTH, PATCHES, WIDTH, Encoder, inputs
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,88 +19,6 @@ from torchlathe.passes.program import Program
 from torchlathe.passes.verify import well_formed
 
 CONTEXT = Context(targets.get("cpu"))
-WIDTH, HEADS, DEPTH, PATCHES = 48, 3, 4, 36
-
-
-class Block(nn.Module):
-    def __init__(self, family: str) -> None:
-        super().__init__()
-        self.family = family
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-        self.first, self.second = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.qn, self.kn = nn.LayerNorm(WIDTH // HEADS), nn.LayerNorm(WIDTH // HEADS)
-        self.scales = nn.Parameter(torch.rand(2, WIDTH))
-
-    def heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        b, t, _ = x.shape
-        q, k, v = self.qkv(x).view(b, t, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4).unbind(0)
-        return (self.qn(q), self.kn(k), v) if self.family == "qk-norm" else (q, k, v)
-
-    def attend(self, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = self.heads(x)
-        y = F.scaled_dot_product_attention(q, k, v, bias)
-        return self.out(y.transpose(1, 2).reshape(x.shape[0], -1, WIDTH)), k
-
-    def after_attention(self, x: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stream after the residual addition, and the keys."""
-        post = self.family == "post-norm"
-        y, k = self.attend(x if post else self.first(x), bias)
-        return x + (y * self.scales[0] if self.family == "scaled" else y), k
-
-    def feed(self, x: torch.Tensor) -> torch.Tensor:
-        if self.family == "post-norm":
-            x = self.first(x)
-            return self.second(x + self.down(F.gelu(self.up(x))))
-        y = self.down(F.gelu(self.up(self.second(x))))
-        return x + (y * self.scales[1] if self.family == "scaled" else y)
-
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return self.feed(self.after_attention(x, bias)[0])
-
-
-class Encoder(nn.Module):
-    """An image or text encoder: class token and registers where the family has them, a mask where texts are padded."""
-
-    def __init__(self, family: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.family, self.extra = family, {"plain": 1, "scaled": 5, "qk-norm": 0, "post-norm": 0}[family]
-        self.embed = nn.Linear(12, WIDTH)
-        self.token, self.registers = nn.Parameter(torch.randn(1, 1, WIDTH)), nn.Parameter(torch.randn(1, 4, WIDTH))
-        self.place = nn.Parameter(torch.randn(1, PATCHES + min(1, self.extra), WIDTH))
-        self.blocks = nn.ModuleList(Block(family) for _ in range(DEPTH))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 10)
-
-    def begin(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.embed(x)
-        if self.extra:
-            x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
-        x = x + self.place
-        if self.extra > 1:
-            x = torch.cat([x[:, :1], self.registers.expand(x.shape[0], -1, -1), x[:, 1:]], 1)
-        return x
-
-    def finish(self, x: torch.Tensor, weight: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor:
-        x = self.norm(x)
-        if self.extra:
-            return self.head(x[:, 0])
-        weight = torch.ones_like(x[..., 0]) if weight is None else weight
-        if mask is not None:
-            weight = weight * mask
-            return self.head((x * weight[..., None]).sum(1))
-        return self.head((x * weight[..., None]).sum(1) / weight.sum(1, keepdim=True))
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        bias = None if mask is None else torch.where(mask[:, None, None], 0.0, float("-inf"))
-        x = self.begin(x)
-        for block in self.blocks:
-            x = block(x, bias)
-        if self.extra:
-            return self.head(self.norm(x)[:, 0])
-        if mask is not None:
-            return self.head((self.norm(x) * mask[..., None]).sum(1))
-        return self.head(self.norm(x).mean(1))
 
 
 def by_formula(model: Encoder, x: torch.Tensor, counts: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -156,22 +75,12 @@ def merged(model: nn.Module, args: tuple[torch.Tensor, ...], **knobs: Any) -> Pr
     return program
 
 
-def arguments(family: str, batch: int) -> tuple[torch.Tensor, ...]:
-    torch.manual_seed(batch)
-    x = torch.randn(batch, PATCHES, 12)
-    if family != "post-norm":
-        return (x,)
-    mask = torch.ones(batch, PATCHES, dtype=torch.bool)
-    mask[-1, 20:] = False
-    return x, mask
-
-
 @pytest.mark.parametrize("family", ["plain", "scaled", "qk-norm", "post-norm"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("r", [1, 4, 7, (3, 0, 5, 1), (4, -1.0)], ids=str)
 @torch.no_grad()
 def test_equals_the_formula(family: str, batch: int, r: Any) -> None:
-    model, args = Encoder(family).eval(), arguments(family, batch)
+    model, args = Encoder(family).eval(), inputs(family, batch)
     program = merged(model, args, r=r)
     counts = amounts(r, DEPTH)
     assert isinstance(counts, list)
@@ -180,7 +89,7 @@ def test_equals_the_formula(family: str, batch: int, r: Any) -> None:
 
 @torch.no_grad()
 def test_nothing_to_merge_changes_nothing() -> None:
-    model, args = Encoder("plain").eval(), arguments("plain", 2)
+    model, args = Encoder("plain").eval(), inputs("plain", 2)
     program = capture(model, args)
     before = program.text()
     assert MergeTokens(r=0).run(program, CONTEXT) == 0
@@ -197,7 +106,7 @@ def test_equal_tokens_merge_without_loss() -> None:
 
 
 def test_samples_choose_for_themselves() -> None:
-    model, (x,) = Encoder("plain").eval(), arguments("plain", 3)
+    model, (x,) = Encoder("plain").eval(), inputs("plain", 3)
     program = merged(model, (x,), r=5)
     with torch.no_grad():
         together = program(x)
@@ -210,7 +119,7 @@ def test_samples_choose_for_themselves() -> None:
     (-1, "negative"),
 ])  # fmt: skip
 def test_impossible_numbers_are_refused(r: Any, reason: str) -> None:
-    program = capture(Encoder("plain").eval(), arguments("plain", 1))
+    program = capture(Encoder("plain").eval(), inputs("plain", 1))
     outcome = MergeTokens(r=r).run(program, CONTEXT)
     assert isinstance(outcome, Refusal) and reason in str(outcome)
 

@@ -1,0 +1,139 @@
+"""Keep only the tokens of the highest score from some layers on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from .. import ops
+from ..base import Context, Fidelity, Pass, Refusal
+from ..nodes import arguments
+from ..program import Program
+from ..shorten import Shortening, Stopped
+from ..tokens import Site, Tokens, find_tokens, leading, valid_tokens
+
+aten = torch.ops.aten
+SCORES = ("cls", "last_query", "received", "norm")
+
+
+@dataclass(frozen=True)
+class PruneTokens(Pass):
+    """After chosen attention layers the tokens that matter least are dropped.
+
+        add = x + attention(norm(x))           ->      add.gather(best(score))
+
+    The score of a token is what the class token attends to it with (``cls``: Liang et al., "EViT", 2022), what the
+    last token does (``last_query``: Chen et al., "FastV", 2024), the mean over all queries (``received``), or the
+    length of its features (``norm``). Attention stays one operator; the probabilities of the rows that are needed are
+    computed beside it. Tokens that stay keep their order, positions and masks; those that are parameters, or that are
+    read one by one later, always stay, and padding is dropped first.
+
+    Assumes that no later operator needs all tokens. Gives up what the dropped ones would have added.
+
+    Attributes:
+        keep: share of the tokens that are not protected, or their number.
+        layers: attention layers after which tokens are dropped; None takes those at a quarter, half and three quarters.
+        score: see above.
+    """
+
+    name: ClassVar[str] = "prune-tokens"
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    keep: float | int = 0.7
+    layers: tuple[int, ...] | None = None
+    score: str = "cls"
+
+    def run(self, program: Program, ctx: Context) -> int | Refusal:
+        """Rewrite `program`."""
+        tokens = find_tokens(program, in_order=True)
+        if isinstance(tokens, Refusal):
+            return tokens
+        count = len(tokens.sites)
+        layers = sorted({count // 4, count // 2, 3 * count // 4}) if self.layers is None else self.layers
+        if (reason := self._reason_against(tokens, layers)) is not None:
+            return Refusal(reason)
+        if self.keep == 1.0 and isinstance(self.keep, float):
+            return 0
+        edit = _Pruning(program, tokens, self)
+        try:
+            for layer in layers:
+                edit.prune(tokens.sites[layer])
+        except Stopped as stop:
+            return Refusal.at(stop.node, str(stop))
+        return len(layers)
+
+    def _reason_against(self, tokens: Tokens, layers: Any) -> str | None:
+        if self.score not in SCORES:
+            return f"no score is called {self.score!r}; there are {', '.join(SCORES)}"
+        if any(not 0 <= layer < len(tokens.sites) for layer in layers):
+            return f"layers {layers} of {len(tokens.sites)} attention layers"
+        if (isinstance(self.keep, float) and not 0 < self.keep <= 1) or (self.keep < 1 and isinstance(self.keep, int)):
+            return f"{self.keep} of the tokens cannot be kept"
+        if self.score == "cls" and 0 not in tokens.protected:
+            return "there is no class token: none is a parameter, and none is read by its place"
+        return None
+
+
+@dataclass
+class _Pruning:
+    program: Program
+    tokens: Tokens
+    knobs: PruneTokens
+
+    def prune(self, site: Site) -> None:
+        """Insert one selection after a site and let all that follows be shorter. Raises Stopped."""
+        program, at = self.program, site.at
+        length = at.meta["val"].shape[1]
+        if not isinstance(length, int):
+            raise Stopped(at, "the number of tokens is known at run time only")
+        protected = list(self.tokens.protected)
+        if self.knobs.score == "last_query" and length - 1 not in protected:
+            protected.append(length - 1)
+        keep, free = self.knobs.keep, length - len(protected)
+        chosen = math.ceil(keep * free) if isinstance(keep, float) else int(keep)
+        if chosen > free:
+            raise Stopped(at, f"{chosen} tokens to keep of {free}, {len(protected)} are protected")
+        before, known = at.next, {at, *self.program.graph.nodes}
+        score = self._score(site, before)
+        valid = valid_tokens(program, site, before)
+        if valid is not None:
+            score = program.call(aten.where.ScalarOther, valid, score, -1.0, before=before)
+        kept = program.call(ops.best_tokens(), score, chosen, protected, before=before)
+        new = program.call(ops.take(), at, 1, kept, before=before)
+        self.tokens.axes.values[new] = list(self.tokens.axes.of(at))
+        edit = Shortening(program, self.tokens.axes, self.tokens.axis, self.tokens.activations,
+                          leading(self.tokens.protected), True, length - 1 in protected)  # fmt: skip
+        edit.apply(at, new, kept, [n for n in program.graph.nodes if n not in known and n is not new] + [new])
+        self.tokens.activations.add(new)
+
+    def _score(self, site: Site, before: fx.Node) -> fx.Node:
+        """[batch, tokens] float32."""
+        call, given = self.program.call, arguments(site.attention)
+        if self.knobs.score == "norm":
+            return call(aten.linalg_vector_norm.default, site.at, 2, [-1], before=before)
+        query, key, mask = given["query"], given["key"], given["attn_mask"]
+        if given["is_causal"] and self.knobs.score != "last_query":
+            raise Stopped(site.attention, f"attention is causal: the score {self.knobs.score!r} means nothing there")
+        heads, groups = query.meta["val"].shape[1], key.meta["val"].shape[1]
+        if heads != groups:
+            key = call(aten.repeat_interleave.self_int, key, heads // groups, 1, before=before)
+        if self.knobs.score != "received":
+            start = 0 if self.knobs.score == "cls" else -1
+            end = 1 if start == 0 else (1 << 62)
+            query = call(aten.slice.Tensor, query, 2, start, end, before=before)
+            if mask is not None and mask.meta["val"].dim() > 1 and mask.meta["val"].shape[-2] != 1:
+                mask = call(aten.slice.Tensor, mask, mask.meta["val"].dim() - 2, start, end, before=before)
+        scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1, before=before), before=before)
+        size = query.meta["val"].shape[-1]
+        scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(size)
+        scores = call(aten.mul.Tensor, scores, scale, before=before)
+        if mask is not None and mask.meta["val"].dtype is torch.bool:
+            scores = call(aten.where.ScalarOther, mask, scores, float("-inf"), before=before)
+        elif mask is not None:
+            scores = call(aten.add.Tensor, scores, mask, before=before)
+        shares = call(aten.softmax.int, scores, -1, before=before)
+        return call(aten.mean.dim, shares, [1, 2], before=before)

@@ -1,0 +1,120 @@
+"""The quality guard: lossy rewrites are scored against the original, and dropped where the budget says so."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import torchlathe
+from torchlathe import targets
+from torchlathe.optimizer.judge import Judge
+from torchlathe.optimizer.pipeline import run_passes
+from torchlathe.optimizer.quality import Quality, score
+from torchlathe.passes.base import Context, Fidelity, Pass
+from torchlathe.passes.capture import capture
+from torchlathe.passes.program import Program
+
+HOST = targets.get("cpu")
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Multiplies the result by a number: as lossy as one likes."""
+
+    name: ClassVar[str] = "scale-result"
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    by: float = 1.0
+    noise: float = 0.0
+
+    def run(self, program: Program, ctx: Context) -> int:
+        output = program.graph.output_node()
+        (result,) = program.outputs
+        changed = program.call(torch.ops.aten.mul.Tensor, result, self.by, before=output)
+        if self.noise:
+            noise = program.weight("noise", self.noise * torch.randn(result.meta["val"].shape))
+            changed = program.call(torch.ops.aten.add.Tensor, changed, noise, before=output)
+        output.args = ((changed,),)
+        return 1
+
+
+@dataclass(frozen=True)
+class Cut(Pass):
+    """Drops a column of the result."""
+
+    name: ClassVar[str] = "cut-result"
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    def run(self, program: Program, ctx: Context) -> int:
+        output = program.graph.output_node()
+        (result,) = program.outputs
+        output.args = ((program.call(torch.ops.aten.slice.Tensor, result, 1, 1, before=output),),)
+        return 1
+
+
+def decided(rewrite: Pass, quality: Quality | None = None, data: Sequence[Any] = ()) -> Any:
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 6).eval(), torch.randn(16, 8)
+    program = capture(model, (x,))
+    with torch.no_grad():
+        judge = Judge([x], program.run([x]), timed=False, original=program,
+                      batches=[pytree.tree_leaves(d) for d in data])  # fmt: skip
+        _, (step,) = run_passes(program, [rewrite], Context(HOST, quality=quality), judge)
+    return step
+
+
+def test_without_a_budget_the_score_is_told() -> None:
+    step = decided(Scale(noise=0.1))
+    assert step.kept and 0.5 < step.quality < 1.0
+
+
+@pytest.mark.parametrize(("noise", "drop", "kept"), [(0.05, 0.05, True), (1.0, 0.05, False), (0.0, 0.0, True)])
+def test_the_budget_decides(noise: float, drop: float, kept: bool) -> None:
+    step = decided(Scale(noise=noise), Quality(max_drop=drop))
+    assert step.kept is kept
+    assert kept or "budget" in step.reason
+
+
+def test_a_metric_of_the_users_decides() -> None:
+    size = Quality(max_drop=0.3, metric=lambda results: float(results[0].abs().mean()))
+    assert decided(Scale(by=0.9), size).kept
+    assert not decided(Scale(by=0.1), size).kept
+    assert decided(Scale(by=-1.0), size).kept, "the metric does not see the sign"
+    assert not decided(Scale(by=-1.0), Quality(max_drop=0.3)).kept
+
+
+def test_all_batches_count() -> None:
+    batches = [(torch.randn(16, 8),), (torch.full((16, 8), torch.nan),)]
+    seen = []
+    metric = Quality(max_drop=1.0, metric=lambda results: seen.append(results[0].isnan().any().item()) or 0.0)
+    assert decided(Scale(), metric, batches).kept
+    assert sorted(seen) == [False, False, True, True]
+
+
+def test_a_score_that_is_not_a_number_is_no_success() -> None:
+    assert not decided(Scale(), Quality(max_drop=1.0, metric=lambda results: float("nan"))).kept
+
+
+def test_a_result_of_another_shape_needs_a_metric() -> None:
+    step = decided(Cut(), Quality(max_drop=1.0))
+    assert not step.kept and "shape" in step.reason and "metric" in step.reason
+    assert decided(Cut(), Quality(max_drop=1.0, metric=lambda results: 1.0)).kept
+
+
+def test_the_score_of_equal_programs_is_one() -> None:
+    found = score(lambda batch: batch, lambda batch: batch, [[torch.randn(3, 4)], [torch.zeros(2)]])
+    assert found.value == 1.0 and found.drop == 0.0
+
+
+def test_kernels_are_checked_against_what_they_compute_not_against_the_original() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).eval(), torch.randn(32, 64)
+    fast = torchlathe.optimize(model, (x,), passes=[Scale(by=0.5)], level="fast")
+    assert fast.report.steps[0].kept
+    torch.testing.assert_close(fast(x), 0.5 * model(x))
