@@ -118,7 +118,7 @@ def test_padding_by_name(groups: int, window: Any) -> None:
     check(Conv((8, 8), window, padding="valid", groups=groups, stride=2), image(8))
 
 
-@pytest.mark.parametrize("columns", [1, 2, 5, 8, 9, 30])
+@pytest.mark.parametrize("columns", [1, 5, 9, 30])
 def test_depthwise_rows_of_all_lengths(columns: int) -> None:
     for options in ({"padding": 1}, {"padding": (1, 2), "stride": 2}, {"padding": 2, "dilation": 2}):
         check(Conv((10, 10), 3, groups=10, **options), image(10, columns=columns).contiguous(memory_format=LAST))

@@ -52,7 +52,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("channels", [3, 16, 70])
+@pytest.mark.parametrize("channels", [3, 70])
 @pytest.mark.parametrize("name", POOLS)
 def test_pooling_of_images(name: str, channels: int) -> None:
     torch.manual_seed(0)

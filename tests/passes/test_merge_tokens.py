@@ -77,7 +77,7 @@ def merged(model: nn.Module, args: tuple[torch.Tensor, ...], **knobs: Any) -> Pr
 
 @pytest.mark.parametrize("family", ["plain", "scaled", "qk-norm", "post-norm"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("r", [1, 4, 7, (3, 0, 5, 1), (4, -1.0)], ids=str)
+@pytest.mark.parametrize("r", [1, 7, (3, 0, 5, 1), (4, -1.0)], ids=str)
 @torch.no_grad()
 def test_equals_the_formula(family: str, batch: int, r: Any) -> None:
     model, args = Encoder(family).eval(), inputs(family, batch)

@@ -91,6 +91,7 @@ def test_keeping_every_token_by_its_index_changes_no_bit(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_pruning_by_the_class_token(name: str) -> None:
     program, _, *_ = program_of(name)
