@@ -35,11 +35,12 @@ def backends(program: Program, target: Target, search: bool = False) -> tuple[li
             )
         else:
             from .tvm.backend import TvmBackend
-            from .tvm.metaschedule import MetaScheduleBackend
 
-            templates = TvmBackend(program)
-            searched = [MetaScheduleBackend(templates)] if search else []
-            found.append(templates)
+            found.append(TvmBackend(program))
+            if search:
+                from .tvm.metaschedule import MetaScheduleBackend
+
+                searched = [MetaScheduleBackend(found[0])]
         found.append(OnednnBackend(program))
         found += searched
     return found, notes

@@ -93,7 +93,7 @@ class Judge:
         return step
 
     def _wanted(self, batch: Sequence[Any]) -> Sequence[Any]:
-        return self.wanted if self.original is None else self.original.run(batch)
+        return self.wanted if self.original is None or batch is self.inputs else self.original.run(batch)
 
     def decide_lowering(self, plain: Executable, lowered: Executable, target: Target, step: Step) -> Step:
         """The step with its verdict: the kernels together must give the original's answers and not be slower."""

@@ -10,13 +10,14 @@ from torch import fx
 
 from .axis import ONE, Dim, Site, Unknown
 from .axis_views import VIEWS, Rule, broadcast, getitem
-from .nodes import expression
+from .nodes import expression, operator_name
 
-# Elementwise in one argument although they are not tagged so, or elementwise up to numbers.
-ALIKE = """clone contiguous to _to_copy type_as alias detach dropout feature_dropout masked_fill bernoulli zeros_like
-ones_like full_like empty_like rand_like randn_like nan_to_num triu tril bucketize lift_fresh_copy
-scatter scatter_add scatter_reduce index_put index_add index_fill select_scatter slice_scatter
-fill where clamp copy""".split()
+# The first argument's dimensions, element by element; other arguments have no say in them.
+ALIKE = """clone contiguous to _to_copy type_as alias detach dropout feature_dropout bernoulli zeros_like ones_like
+full_like empty_like rand_like randn_like nan_to_num bucketize lift_fresh_copy fill""".split()
+# The first argument's dimensions, but what an element becomes depends on its place.
+PLACED = """triu tril scatter scatter_add scatter_reduce index_put index_add index_fill select_scatter
+slice_scatter""".split()
 # The same sizes, with the dimension `dim` mixed.
 ALONG = """softmax _softmax log_softmax _log_softmax _safe_softmax cumsum cumprod logcumsumexp flip roll
 argsort""".split()
@@ -26,16 +27,12 @@ PAIRS = ("max", "min", "sort", "topk", "median", "kthvalue", "cummax", "cummin",
 MADE = """arange full zeros ones empty eye linspace scalar_tensor rand randn randint tril_indices triu_indices
 new_ones new_zeros new_full new_empty""".split()
 # Elementwise, though not tagged so.
-ELEMENTWISE = "__and__ __or__ __xor__ __lshift__ __rshift__ hardswish hardsigmoid _weight_norm prelu lerp".split()
+ELEMENTWISE = """__and__ __or__ __xor__ __lshift__ __rshift__ hardswish hardsigmoid _weight_norm prelu lerp masked_fill
+where clamp copy floor_divide""".split()
 FOURIER = "fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn fft_rfft fft_irfft fft_rfft2 fft_irfft2".split()
 CHANNEL_NORMS = ("batch_norm", "group_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 NORMS = ("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
 POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample", "pixel_shuffle")
-
-
-def alike(s: Site) -> list[Dim]:
-    """The result has the sizes of the first argument; others of the same rank go along where sizes agree."""
-    return broadcast(s, [d for d in s.tensors() if len(d) <= len(s.sizes())])
 
 
 def elementwise(s: Site) -> list[Dim]:
@@ -78,7 +75,7 @@ def pairs(s: Site) -> Any:
     if not isinstance(s.node.meta["val"], (tuple, list)):
         return elementwise(s) if len(s.node.all_input_nodes) > 1 else reduction(s)
     rank = len(dims)
-    if s.node.target._schema.name.split("::")[1] in ("sort", "topk", "cummax", "cummin"):  # type: ignore[union-attr]
+    if operator_name(s.node) in ("sort", "topk", "cummax", "cummin"):
         dim = s.args.get("dim", -1) % rank
         s.mix(dims[dim])
         whole = expression(s.args["self"].meta["val"].shape[dim]) == s.sizes(0)[dim]
@@ -113,7 +110,7 @@ def product(s: Site) -> list[Dim]:
         "mv": ("self", "vec"),
         "dot": ("self", "tensor"),
     }
-    name = s.node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    name = operator_name(s.node)
     first, second = names.get(name, ("self", "other" if "other" in s.args else "mat2"))
     a, b = s.dims(first), s.dims(second)
     inner = b[-2] if len(b) > 1 else b[-1]
@@ -180,7 +177,7 @@ def norm(s: Site) -> Any:
 def channel_norm(s: Site) -> Any:
     """batch_norm, group_norm, instance_norm: scale and shift belong to dimension 1."""
     x = next(s.tensors())
-    name = s.node.target._schema.name  # type: ignore[union-attr]
+    name = operator_name(s.node)
     if "batch_norm" not in name:
         s.mix(*x[1:] if "group" in name else x[2:])
     for other in ("weight", "bias", "running_mean", "running_var"):
@@ -290,7 +287,8 @@ def view_as_complex(s: Site) -> list[Dim]:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(ALIKE, alike), **dict.fromkeys(ALONG, along), **dict.fromkeys(REDUCTIONS, reduction),
+    **dict.fromkeys((*ALIKE, *PLACED), like_first), **dict.fromkeys(ALONG, along),
+    **dict.fromkeys(REDUCTIONS, reduction),
     **dict.fromkeys(PAIRS, pairs), **dict.fromkeys(MADE, made), **dict.fromkeys(NORMS, norm),
     **dict.fromkeys(("mm", "bmm", "matmul", "addmm", "baddbmm", "mv", "dot"), product),
     **dict.fromkeys(CHANNEL_NORMS, channel_norm), **dict.fromkeys(ELEMENTWISE, elementwise),
@@ -299,9 +297,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), convolution),
     "linear": linear, "einsum": einsum, "scaled_dot_product_attention": attention,
     "pad": pad, "constant_pad_nd": pad, **VIEWS,
-    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_put", "index_add", "select_scatter",
-                     "slice_scatter", "index_fill"), like_first),
 }  # fmt: skip
+
+
+def by_element(node: fx.Node) -> bool:
+    """Whether an element of the result depends on the arguments' elements at its own place only."""
+    name = operator_name(node)
+    return name in ALIKE or name in ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def rule_of(node: fx.Node) -> Rule | None:
@@ -310,7 +312,7 @@ def rule_of(node: fx.Node) -> Rule | None:
         return getitem
     if not isinstance(node.target, torch._ops.OpOverload):
         return _number if not isinstance(node.meta.get("val"), torch.Tensor) else None
-    name = node.target._schema.name.split("::")[1]
+    name = operator_name(node)
     if name in RULES:
         return RULES[name]
     if any(name.startswith(p) for p in POOLS) and isinstance(node.meta["val"], torch.Tensor):

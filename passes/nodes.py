@@ -23,6 +23,11 @@ def expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
+def operator_name(node: fx.Node) -> str:
+    """The operator's name without namespace and overload, such as ``add``; "" for what is no torch operator."""
+    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+
+
 def erase_unused(node: fx.Node) -> None:
     """Erase a pure node without users, and then its inputs likewise."""
     waiting = [node]

@@ -8,22 +8,23 @@ matters stops the edit with its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import fx
 
 from . import ops
-from .axis import ONE, Axes, Dim
-from .axis_rules import ALIKE, ELEMENTWISE, NORMS, REDUCTIONS
-from .nodes import arguments, expression
+from .axis import Axes, Dim
+from .axis_rules import NORMS, REDUCTIONS, by_element
+from .nodes import arguments, expression, operator_name
 from .program import Program
 
 aten = torch.ops.aten
-ALONE = {"layer_norm", "rms_norm", "linear", "softmax", "_softmax", "_safe_softmax", "log_softmax", *NORMS}
+WEIGHED = {"mean", "sum", "amax", "amin", "any", "all"}  # sums must be weighted by whoever merges, extremes need not be
+SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"}
+ALONE = {"linear", *SOFTMAX, *NORMS, *REDUCTIONS}
 PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum"}
 ARRANGED = {"permute", "transpose", "t", "mT", "unsqueeze", "squeeze", "flatten"}
 DEALT = {"view", "_unsafe_view", "reshape"}
@@ -55,6 +56,9 @@ class Shortening:
         activations: nodes that hold activations: they cannot be taken at the chosen elements, since they would be
             read as they were before the edit.
         protected: leading elements that keep their places.
+        at: the value from which on the axis is shorter, [batch, axis, ...].
+        new: the same, shorter; it stands after `at`, and what computes it between them.
+        kept: [batch, shorter axis], the place of each element of `new` along the axis of `at`.
         in_order: whether what stays keeps its order and what it stands for.
         keeps_last: whether the last element stays last.
     """
@@ -63,33 +67,24 @@ class Shortening:
     axes: Axes
     axis: Dim
     activations: set[fx.Node]
-    protected: int = 0
+    protected: int
+    at: fx.Node
+    new: fx.Node
+    kept: fx.Node
     in_order: bool = False
     keeps_last: bool = False
-    changed: dict[fx.Node, list[int]] = field(default_factory=dict)
+    changed: set[fx.Node] = field(default_factory=set)
     taken: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
-    kept: fx.Node | None = None
-    lengths: tuple[sympy.Expr, sympy.Expr] = (ONE, ONE)  # of the axis, before and after the edit
 
-    def apply(self, at: fx.Node, new: fx.Node, kept: fx.Node, own: Iterable[fx.Node]) -> None:
-        """Let readers of `at` other than `own` read `new`, and follow. Raises Stopped: the graph is then void.
-
-        Args:
-            at: [batch, axis, ...].
-            new: the same, shorter.
-            kept: [batch, shorter axis], the place of each element of `new` along the axis of `at`.
-        """
-        own = set(own)
-        for user in [u for u in at.users if u not in own]:
-            user.replace_input_with(at, new)
-        self.kept, self.changed, self.taken = kept, {new: self.places(at)}, {}
-        self.lengths = expression(at.meta["val"].shape[1]), expression(new.meta["val"].shape[1])
-        after = False
-        for node in list(self.program.graph.nodes):
-            after = after or node is new
-            if after and node is not new and any(n in self.changed for n in node.all_input_nodes):
-                if node.op == "output":
-                    continue
+    def apply(self) -> None:
+        """Let what comes after `new` read it instead of `at`, and follow. Raises Stopped: the graph is then void."""
+        for user in [u for u in self.at.users if u > self.new]:
+            user.replace_input_with(self.at, self.new)
+        self.axes.values[self.new] = list(self.axes.of(self.at))
+        self.activations.add(self.new)
+        self.changed.add(self.new)
+        for node in [n for n in self.program.graph.nodes if n > self.new and n.op != "output"]:
+            if any(n in self.changed for n in node.all_input_nodes):
                 self._follow(node)
 
     def places(self, node: fx.Node) -> list[int]:
@@ -110,12 +105,11 @@ class Shortening:
         places = self.places(node) if isinstance(value, torch.Tensor) else []
         self._check(node)
         self._take_sides(node)
-        self._deal(node)
+        self._deal(node, places)
         self.program.infer(node)
         self._verify(node, value)
-        carried = places or (not isinstance(value, torch.Tensor) and self._any(node))
-        if carried:
-            self.changed[node] = places
+        if places or (not isinstance(value, torch.Tensor) and self._any(node)):
+            self.changed.add(node)
 
     def _any(self, node: fx.Node) -> bool:
         """Whether one of several results carries the axis."""
@@ -127,17 +121,15 @@ class Shortening:
         """Raise Stopped where the operator's answer depends on the order or the number of the axis's elements."""
         if node in self.axes.unknown:
             raise Stopped(node, f"its axes are not known: {self.axes.unknown[node]}")
-        name = _name(node)
+        name = operator_name(node)
         mixed = any(contains(d, self.axis) for d in self.axes.mixed(node))
-        if name == "getitem" or torch.Tag.pointwise in getattr(node.target, "tags", ()) or name in ELEMENTWISE:
-            return
-        if name in ALIKE and name not in ("scatter", "scatter_add", "index_put", "triu", "tril"):
+        if node.target is operator.getitem or by_element(node):
             return
         if name == "scaled_dot_product_attention":
             if arguments(node)["is_causal"] and not self.in_order:
                 raise Stopped(node, "attention is causal: tokens of different places would be told apart by order")
             return
-        if name in ("softmax", "_softmax", "_safe_softmax", "log_softmax") or name in REDUCTIONS:
+        if name in WEIGHED or (name in SOFTMAX and self.in_order):
             return
         if name in PRODUCTS:
             if mixed and any(n not in self.changed for n in node.all_input_nodes if self._carries(n)):
@@ -189,9 +181,9 @@ class Shortening:
                 continue
             if source in self.activations:
                 raise Stopped(node, f"it reads {source.name}, which is older than the edit")
-            if rank is None or _name(node) in ("linear", "layer_norm", "rms_norm", "embedding"):
+            if rank is None or operator_name(node) in ("linear", "layer_norm", "rms_norm", "embedding"):
                 raise Stopped(node, f"{source.name} carries the axis in a way that cannot be followed")
-            if _name(node) == "scaled_dot_product_attention":
+            if operator_name(node) == "scaled_dot_product_attention":
                 rank = len(self.axes.of(arguments(node)["query"]))
             node.replace_input_with(source, self._taken(source, rank, node))
 
@@ -206,19 +198,18 @@ class Shortening:
                     if dim != self.axis or place == 0:
                         raise Stopped(before, f"{source.name} carries the axis flattened together with others")
                     value = self.program.call(ops.take(), value, place, self.kept, before=before)
-            batch = self.axes.of(next(iter(self.changed)))[0]
+            batch = self.axes.of(self.at)[0]
             self.axes.values[value] = [batch, *dims[1:]]
             self.taken[source, rank] = value
-            self.changed[value] = [k for k, d in enumerate(dims) if d == self.axis]
+            self.changed.add(value)
         return self.taken[source, rank]
 
-    def _deal(self, node: fx.Node) -> None:
+    def _deal(self, node: fx.Node, places: list[int]) -> None:
         """Sizes of views and expansions that hold the axis."""
-        name = _name(node)
+        name = operator_name(node)
         if name not in DEALT | {"expand"}:
             return
         source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
-        places = [k for k, d in enumerate(self.axes.of(node)) if contains(d, self.axis)]
         if name == "expand":
             for k in places:
                 sizes[k] = -1
@@ -234,6 +225,7 @@ class Shortening:
     def _verify(self, node: fx.Node, before: Any) -> None:
         """Compare the inferred shape with what the axes say. Raises Stopped for a size that is left over."""
         after = node.meta["val"]
+        whole, short = (expression(n.meta["val"].shape[1]) for n in (self.at, self.new))
         pairs = [(before, after, self.axes.values[node])] if isinstance(after, torch.Tensor) else list(
             zip(before, after, self.axes.values[node], strict=True))  # fmt: skip
         for old, new, dims in pairs:
@@ -242,12 +234,6 @@ class Shortening:
             for size, found, dim in zip(old.shape, new.shape, dims, strict=True):
                 wanted = expression(size)
                 if contains(self.axes.resolve(dim), self.axis):
-                    wanted = wanted * self.lengths[1] / self.lengths[0]
+                    wanted = wanted * short / whole
                 if expression(found) != wanted and (wanted - expression(found)).simplify() != 0:
                     raise Stopped(node, f"a size of {found} where {wanted} was expected")
-
-
-def _name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.split("::")[1]
-    return getattr(node.target, "__name__", str(node.target))

@@ -10,10 +10,10 @@ from torch import fx
 
 from .axes import analyse
 from .axis import Axes, Dim
-from .axis_rules import ALIKE, ELEMENTWISE
+from .axis_rules import by_element
 from .base import Refusal
-from .blocks import Branch, Stream, find_stream
-from .nodes import arguments, expression
+from .blocks import Branch, find_stream
+from .nodes import arguments, expression, operator_name
 from .program import Program
 from .values import Values
 
@@ -55,18 +55,14 @@ class Tokens:
     """The token axis of a program.
 
     Attributes:
-        program: whose.
         axes: of the program.
-        stream: its residual stream.
         axis: the tokens.
         sites: self-attentions over them, in order.
         protected: places of tokens that come from parameters (class, distillation, registers).
         activations: nodes that descend from the first value of the stream, and that value.
     """
 
-    program: Program
     axes: Axes
-    stream: Stream
     axis: Dim
     sites: list[Site]
     protected: tuple[int, ...]
@@ -105,7 +101,7 @@ def find_tokens(program: Program, in_order: bool = False) -> Tokens | Refusal:
             return Refusal.at(site.attention, "its mask differs from query to query: tokens are told apart by place")
     after = _descendants(stream.values[0])
     places = sorted({*protected(axes, axis), *_selected(axes, axis, after)})
-    return Tokens(program, axes, stream, axis, sites, tuple(places), after)
+    return Tokens(axes, axis, sites, tuple(places), after)
 
 
 def _selected(axes: Axes, axis: Dim, nodes: set[fx.Node]) -> list[int]:
@@ -127,13 +123,11 @@ def varies(values: Values, node: fx.Node, dim: int) -> bool:
     known = values.constant(node)
     if known is not None and known.shape == value.shape:
         return bool((known != known.narrow(dim, 0, 1)).any())
-    name = node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
-    given = arguments(node)
+    name, given = operator_name(node), arguments(node)
     if name == "index":
         whole = len(given["indices"]) == given["self"].meta["val"].dim() and None not in given["indices"]
         return not whole or any(varies(values, n, dim) for n in given["indices"])
-    elementwise = name in ALIKE or name in ELEMENTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
-    if name == "expand" or elementwise:
+    if name == "expand" or by_element(node):
         return any(varies(values, n, dim) for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor))
     if name == "unsqueeze":
         at = given["dim"] % value.dim() - value.dim()
@@ -206,6 +200,15 @@ def _depends_on_input(node: fx.Node) -> bool:
 def leading(places: Sequence[int]) -> int:
     """How many of the first places are among these, without a gap."""
     return next((k for k, p in enumerate(sorted(places)) if p != k), len(places))
+
+
+def masked(program: Program, mask: fx.Node | None, scores: fx.Node, before: fx.Node) -> fx.Node:
+    """Scores with an attention's mask applied: minus infinity where a boolean one is False, else their sum."""
+    if mask is None:
+        return scores
+    if mask.meta["val"].dtype is torch.bool:
+        return program.call(aten.where.ScalarOther, mask, scores, float("-inf"), before=before)
+    return program.call(aten.add.Tensor, mask, scores, before=before)
 
 
 def valid_tokens(program: Program, site: Site, before: fx.Node) -> fx.Node | None:

@@ -16,8 +16,7 @@ from .tile import split
 def buffer_of(border: Border, sizes: Sizes) -> tuple[Any, Any]:
     """The padded buffer, and the statement that allocates it."""
     rows, columns, channels = border.padded
-    slack = 64  # the last vector of channels may reach beyond the last pixel
-    count = sizes.tir(border.images) * integer(rows * columns * channels) + integer(slack)
+    count = sizes.tir(border.images) * integer(rows * columns * channels)
     buffer = tirx.decl_buffer((count,), "float32", "padded", data_alignment=64)
     return buffer, tirx.AllocBuffer(buffer)
 

@@ -25,9 +25,11 @@ from .emit import Memory, integer, parallel, pieces, prim_func, serial, take, vi
 from .finish import finish
 from .layout import Access, Sizes, parameter
 from .math import Block, assign, on_stack, read, register
-from .row_family import SERIAL_BELOW, lanes_of
+from .row_family import lanes_of, worth_threads
 from .tail import Tail
 from .tile import split
+from .window import taps_inside
+from .window_plan import Window
 
 
 @dataclass
@@ -112,8 +114,7 @@ class DepthwiseLowering:
     def function(self, name: str, schedule: Schedule, target: Target) -> Any:
         """The PrimFunc."""
         lanes = lanes_of(target)
-        threaded = target.cores > 1 and (not self.flops or self.flops // lanes >= SERIAL_BELOW)
-        form = Form(lanes, int(schedule["pixels"]), int(schedule["groups"]), threaded)
+        form = Form(lanes, int(schedule["pixels"]), int(schedule["groups"]), worth_threads(self.flops, target))
         return function(self.conv, name, form)
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
@@ -169,14 +170,10 @@ class _Emitter:
 
     def _row_taps(self, b: Block, row: Any) -> tuple[Any, Any]:
         """First row of the window inside the image, and the one after the last."""
-        conv, taps = self.conv, integer(self.conv.window[0])
-        step, origin = integer(conv.dilation[0]), row * integer(conv.stride[0]) - integer(conv.before[0])
-        reach = (conv.result[0] - 1) * conv.stride[0] + (conv.window[0] - 1) * conv.dilation[0] - conv.before[0]
-        if not conv.before[0] and reach < conv.sizes[0]:
-            return integer(0), taps
-        low = b.let(tirx.max(integer(0), tirx.floordiv(step - integer(1) - origin, step)))
-        end = tirx.floordiv(integer(conv.sizes[0]) - origin + step - integer(1), step)
-        return low, b.let(tirx.max(low, tirx.min(taps, end)))
+        conv = self.conv
+        size, result, taps = (sympy.Integer(n[0]) for n in (conv.sizes, conv.result, conv.window))
+        window = Window(size, result, taps, conv.stride[0], conv.dilation[0], conv.before[0])
+        return taps_inside(b, window, row, self.sizes)
 
     def _row(self, image: Any, row: Any, taps: tuple[Any, Any], first: Any, count: Any, group: Any) -> list[Any]:
         """One row of the result: tiles of pixels with all taps in a loop, the others written out."""

@@ -43,7 +43,7 @@ class MetaScheduleBackend:
 
     templates: Backend
     name: str = "metaschedule"
-    _imported: dict[str, Any] = field(default_factory=dict, repr=False)
+    _imported: dict[str, Any | Unsupported] = field(default_factory=dict, repr=False)
     _compiled: dict[tuple[str, str], tuple[Any, Callable[..., None], str]] = field(default_factory=dict, repr=False)
 
     def absorbs(self, node: fx.Node) -> bool:
@@ -102,11 +102,13 @@ class MetaScheduleBackend:
         if key not in self._imported:
             try:
                 self._imported[key] = _import(region)
-            except Unsupported:
-                raise
+            except Unsupported as reason:
+                self._imported[key] = reason
             except Exception as error:  # the importer raises whatever its assertions raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise Unsupported(f"TVM does not import it: {reason[:200]}") from error
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                self._imported[key] = Unsupported(f"TVM does not import it: {first[:200]}")
+        if isinstance(self._imported[key], Unsupported):
+            raise self._imported[key]
         return self._imported[key]
 
 

@@ -66,7 +66,7 @@ class RowLowering:
         if self.free:
             return
         work = self._work(target)
-        first = target.cores > 1 and (work is None or work >= SERIAL_BELOW)
+        first = worth_threads(self.flops, target)
         threaded = [first] if target.cores == 1 or work is None or work > 64 * SERIAL_BELOW else [first, not first]
         for parallel in threaded:
             for unroll in (4, 2):
@@ -90,6 +90,11 @@ class RowLowering:
         """Vector instructions of one call, None if sizes are symbolic."""
         count = elements(self.plan)
         return None if count is None else count * self.plan.weight // lanes_of(target)
+
+
+def worth_threads(flops: int, target: Target) -> bool:
+    """Whether so many operations (0: not known) of no product are worth a launch on several threads."""
+    return target.cores > 1 and (not flops or flops // lanes_of(target) >= SERIAL_BELOW)
 
 
 def lanes_of(target: Target) -> int:

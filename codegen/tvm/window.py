@@ -66,7 +66,7 @@ class _Emitter:
         slots = pieces(count, self.form.lanes)
         totals = self._registers(slots, head)
         places = [integer(0) if k is None else digits[k] for k in plan.rows]
-        ranges = [_taps(head, w, at, self.sizes) for w, at in zip(plan.windows[:-1], places, strict=True)]
+        ranges = [taps_inside(head, w, at, self.sizes) for w, at in zip(plan.windows[:-1], places, strict=True)]
         starts = [head.let(at * integer(w.stride) - integer(w.before))
                   for w, at in zip(plan.windows[:-1], places, strict=True)]  # fmt: skip
         bases = {v: head.let(self.sizes.offset(a, starts)) for v, a in plan.loads.items()}
@@ -169,7 +169,7 @@ class _Emitter:
         return lambda v: (bases[v], self.sizes.tir(loads[v].strides[-1]))
 
 
-def _taps(b: Block, window: Window, place: Any, sizes: Sizes) -> tuple[Any, Any]:
+def taps_inside(b: Block, window: Window, place: Any, sizes: Sizes) -> tuple[Any, Any]:
     """First tap inside the operand, and the one after the last."""
     taps = sizes.tir(window.taps)
     if not window.clipped:

@@ -13,7 +13,7 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from . import group_norm, window
 from .group_norm import WIDEST, GroupNorm
-from .row_family import SERIAL_BELOW, lanes_of
+from .row_family import lanes_of, worth_threads
 from .rules import name_of
 from .window_plan import WindowPlan, plan, reduces_windows
 
@@ -55,8 +55,7 @@ class WindowLowering:
 
     def space(self, target: Target) -> Iterable[Schedule]:
         """Threaded or not (the likelier first), with two widths of a task."""
-        work = self.windows.work
-        first = target.cores > 1 and (work is None or work // lanes_of(target) >= SERIAL_BELOW)
+        first = worth_threads(self.flops, target)
         for parallel in [first] if target.cores == 1 else [first, not first]:
             for vectors in (4, 2):
                 yield Schedule("windows", (("parallel", parallel), ("vectors", vectors)))
@@ -110,7 +109,7 @@ class GroupNormLowering:
         """Groups of a task: as many as fit, and fewer where that gives each core a task."""
         norm, each = self.norm, self.norm.channels // self.norm.groups
         fitting = [g for g in range(norm.groups, 0, -1) if norm.groups % g == 0 and (g == 1 or g * each <= WIDEST)]
-        threaded = target.cores > 1 and (not self.flops or self.flops // lanes_of(target) >= SERIAL_BELOW)
+        threaded = worth_threads(self.flops, target)
         for groups in fitting[:3]:
             yield Schedule("groups", (("parallel", threaded), ("groups", groups)))
 

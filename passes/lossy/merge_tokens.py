@@ -12,10 +12,10 @@ from torch import fx
 
 from .. import ops
 from ..base import Context, Fidelity, Pass, Refusal
-from ..nodes import arguments
+from ..nodes import arguments, operator_name
 from ..program import Program
 from ..shorten import Shortening, Stopped, contains
-from ..tokens import Site, Tokens, find_tokens, leading, valid_tokens
+from ..tokens import Site, Tokens, find_tokens, leading, masked, valid_tokens
 
 aten = torch.ops.aten
 REDUCTIONS = {"mean", "sum"}
@@ -101,25 +101,22 @@ class _Merging:
 
     def merge(self, site: Site, count: int) -> None:
         """Insert one merge after a site and let all that follows be shorter. Raises Stopped."""
-        program, axes, at = self.program, self.tokens.axes, site.at
+        program, at = self.program, site.at
         length = at.meta["val"].shape[1]
         if isinstance(length, int) and 2 * count > length - len(self.protected):
             raise Stopped(at, f"{count} of {length} tokens cannot be merged away, {len(self.protected)} are protected")
         before = at.next
-        own = []
         if self.sizes:
             size = self.sizes[-1][1]
         else:
-            own.append(program.call(aten.select.int, at, 2, 0, before=before))
-            size = program.call(aten.ones_like.default, own[0], before=before, dtype=torch.float32)
+            first = program.call(aten.select.int, at, 2, 0, before=before)
+            size = program.call(aten.ones_like.default, first, before=before, dtype=torch.float32)
         metric = at if self.metric == "features" else program.call(aten.mean.dim, site.keys, [1], before=before)
         valid = valid_tokens(program, site, before)
         node = program.call(ops.merge_tokens(), at, size, metric, count, list(self.protected), valid, before=before)
         new, sizes, kept = (program.call(operator.getitem, node, k, before=before) for k in range(3))
-        axes.values[new] = list(axes.of(at))
-        edit = Shortening(program, axes, self.tokens.axis, self.tokens.activations, leading(self.protected))
-        edit.apply(at, new, kept, [*own, node])
-        self.tokens.activations.add(new)
+        Shortening(program, self.tokens.axes, self.tokens.axis, self.tokens.activations, leading(self.protected),
+                   at, new, kept).apply()  # fmt: skip
         self.sizes.append((new, sizes))
 
     def weigh(self) -> None:
@@ -130,7 +127,7 @@ class _Merging:
             current = starts.get(node, current)
             if current is None or node not in self.tokens.axes.values or node.op != "call_function":
                 continue
-            name = node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else ""
+            name = operator_name(node)
             if name == "scaled_dot_product_attention" and self._over_tokens(arguments(node)["key"], -2):
                 self._bias(node, current)
             elif name in REDUCTIONS and any(contains(d, self.tokens.axis) for d in self.tokens.axes.mixed(node)):
@@ -148,11 +145,7 @@ class _Merging:
         bias = self._for_heads(node, given["key"], bias)
         if dtype is not torch.float32:
             bias = call(aten._to_copy.default, bias, before=node, dtype=dtype)
-        mask = given["attn_mask"]
-        if mask is not None and mask.meta["val"].dtype is torch.bool:
-            bias = call(aten.where.ScalarOther, mask, bias, float("-inf"), before=node)
-        elif mask is not None:
-            bias = call(aten.add.Tensor, mask, bias, before=node)
+        bias = masked(self.program, given["attn_mask"], bias, node)
         node.kwargs = {k: v for k, v in node.kwargs.items() if k != "attn_mask"}
         node.args = (*node.args[:3], bias, *node.args[4:])
 

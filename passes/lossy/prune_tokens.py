@@ -14,7 +14,7 @@ from ..base import Context, Fidelity, Pass, Refusal
 from ..nodes import arguments
 from ..program import Program
 from ..shorten import Shortening, Stopped
-from ..tokens import Site, Tokens, find_tokens, leading, valid_tokens
+from ..tokens import Site, Tokens, find_tokens, leading, masked, valid_tokens
 
 aten = torch.ops.aten
 SCORES = ("cls", "last_query", "received", "norm")
@@ -97,22 +97,19 @@ class _Pruning:
         chosen = math.ceil(keep * free) if isinstance(keep, float) else int(keep)
         if chosen > free:
             raise Stopped(at, f"{chosen} tokens to keep of {free}, {len(protected)} are protected")
-        before, known = at.next, {at, *self.program.graph.nodes}
+        before = at.next
         score = self._score(site, before)
         valid = valid_tokens(program, site, before)
         if valid is not None:
             score = program.call(aten.where.ScalarOther, valid, score, -1.0, before=before)
         kept = program.call(ops.best_tokens(), score, chosen, protected, before=before)
         new = program.call(ops.take(), at, 1, kept, before=before)
-        self.tokens.axes.values[new] = list(self.tokens.axes.of(at))
-        edit = Shortening(program, self.tokens.axes, self.tokens.axis, self.tokens.activations,
-                          leading(self.tokens.protected), True, length - 1 in protected)  # fmt: skip
-        edit.apply(at, new, kept, [n for n in program.graph.nodes if n not in known and n is not new] + [new])
-        self.tokens.activations.add(new)
+        Shortening(program, self.tokens.axes, self.tokens.axis, self.tokens.activations,
+                   leading(self.tokens.protected), at, new, kept, True, length - 1 in protected).apply()  # fmt: skip
 
     def _score(self, site: Site, before: fx.Node) -> fx.Node:
         """[batch, tokens] float32."""
-        call, given = self.program.call, arguments(site.attention)
+        program, call, given = self.program, self.program.call, arguments(site.attention)
         if self.knobs.score == "norm":
             return call(aten.linalg_vector_norm.default, site.at, 2, [-1], before=before)
         query, key, mask = given["query"], given["key"], given["attn_mask"]
@@ -131,9 +128,5 @@ class _Pruning:
         size = query.meta["val"].shape[-1]
         scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(size)
         scores = call(aten.mul.Tensor, scores, scale, before=before)
-        if mask is not None and mask.meta["val"].dtype is torch.bool:
-            scores = call(aten.where.ScalarOther, mask, scores, float("-inf"), before=before)
-        elif mask is not None:
-            scores = call(aten.add.Tensor, scores, mask, before=before)
-        shares = call(aten.softmax.int, scores, -1, before=before)
+        shares = call(aten.softmax.int, masked(program, mask, scores, before), -1, before=before)
         return call(aten.mean.dim, shares, [1, 2], before=before)
