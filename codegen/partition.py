@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import networkx as nx
@@ -17,7 +18,7 @@ def partition(program: Program, backends: Sequence[Backend], target: Target) -> 
 
     Backends are asked in the given order. Each grows clusters greedily along data flow: a node joins the clusters of
     its producers as long as the backend supports the union and no value leaves the cluster and comes back. What no
-    backend claims becomes a region of one node.
+    backend claims becomes a region of one node, or of a node of several results and those that take it apart.
     """
     cut = _Cut(program)
     for backend in backends:
@@ -33,16 +34,26 @@ class _Cut:
         self.position = {n: i for i, n in enumerate(self.calls)}
         self.cluster: dict[fx.Node, list[fx.Node]] = {n: [n] for n in self.calls}
         self.wide: dict[int, list[fx.Node]] = {}  # clusters of more than one node, by the position of their first
+        for node in self.calls:
+            self._keep_together(node)
         self.owner: dict[fx.Node, str] = {}
+
+    def _keep_together(self, node: fx.Node) -> None:
+        """Put a node of several results into one cluster with those that take it apart, if nothing else reads it."""
+        several = isinstance(node.meta.get("val"), (tuple, list)) and node.target is not operator.getitem
+        if several and node.users and all(u.target is operator.getitem for u in node.users):
+            group = sorted([node, *node.users], key=self.position.__getitem__)
+            self.cluster.update(dict.fromkeys(group, group))
+            self.wide[self.position[node]] = group
 
     def claim(self, backend: Backend, target: Target) -> None:
         """Grow the backend's clusters over the nodes that nobody has claimed yet."""
         for node in self.calls:
             if node in self.owner:
                 continue
-            alone = backend.supports(Region.of([node]), target) is None
+            alone = backend.supports(Region.of(self.cluster[node]), target) is None
             if alone:
-                self.owner[node] = backend.name
+                self.owner.update(dict.fromkeys(self.cluster[node], backend.name))
             for source in node.all_input_nodes:
                 known = self.owner.get(source) == backend.name or (source not in self.owner and backend.absorbs(source))
                 mine = known and self.cluster.get(source) is not self.cluster[node]

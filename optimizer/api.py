@@ -7,7 +7,6 @@ import difflib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +59,8 @@ def optimize(
         args: example positional inputs; shapes are fixed to theirs unless `dynamic_shapes` says otherwise.
         kwargs: example keyword inputs.
         target: name of a target that this host can run, or a Target.
-        passes: apply exactly these, in this order (instances or names); None applies the standard list.
+        passes: apply exactly these, in this order (instances or names); the name ``default`` stands for the standard
+            list, which None applies.
         data: calibration batches, each a tuple of positional inputs; the report states the agreement on them.
         quality: budget for lossy passes; without one a lossy pass that `passes` names stays if it is faster.
         dynamic_shapes: as in `torch.export.export`.
@@ -130,7 +130,7 @@ def compile_program(
                   batches=batches)  # fmt: skip
     best, steps = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
     if any(s.kept and s.fidelity == Fidelity.LOSSY.value for s in steps):
-        judge = replace(judge, wanted=_run(best, flat))  # kernels must give the answers of what they compute
+        judge = judge.onward(best)  # kernels must give the answers of what they compute
     result, step, notes = lower_and_judge(best, target, judge, tuner, progress)
     result.__dict__["_model"] = original
     report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result, target), notes=notes)
@@ -199,7 +199,9 @@ def load(path: str | os.PathLike[str], *, native: bool = True) -> Executable:
 
 def _chosen(passes: str | Sequence[str | Pass] | None) -> tuple[Pass, ...]:
     listed = [passes] if isinstance(passes, str) else passes
-    return PASSES if listed is None else tuple(find_pass(p) for p in listed)
+    if listed is None:
+        return PASSES
+    return tuple(q for p in listed for q in (PASSES if p == "default" else (find_pass(p),)))
 
 
 def _check_example(args: Any) -> None:

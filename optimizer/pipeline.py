@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .. import passes as P
-from ..passes.base import Context, Pass, Refusal
+from ..passes.base import Context, Fidelity, Pass, Refusal
 from ..passes.program import Program
 from .judge import Judge, counts
 from .report import Step
@@ -58,5 +58,6 @@ def run_passes(
             step = judge.decide(program, fork, rewrite, ctx, step)
             if step.kept:
                 program = replace(fork, history=(*program.history, rewrite.name))
+                judge = judge.onward(program) if rewrite.fidelity is Fidelity.LOSSY else judge
         steps.append(replace(step, took=time.perf_counter() - start))
     return program, steps

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..passes.verify import agreement
+
 
 @dataclass(frozen=True)
 class Quality:
@@ -60,21 +62,3 @@ def score(
         values.append(agreement(found, wanted))
         drops.append(1.0 - values[-1])
     return Score(sum(values) / len(values), sum(drops) / len(drops))
-
-
-def agreement(found: Sequence[Any], wanted: Sequence[Any]) -> float:
-    """Mean cosine similarity of floating point outputs, averaged over the last dimension's rows; 1 is equal.
-
-    Integer and boolean outputs count by the share of equal elements. Rows that are equal count 1, also zero rows.
-    """
-    scores = []
-    for a, b in zip(found, wanted, strict=True):
-        if not isinstance(b, torch.Tensor) or b.numel() == 0:
-            continue
-        if not b.is_floating_point():
-            scores.append(float((a == b).double().mean()))
-            continue
-        rows_a, rows_b = (t.double().nan_to_num().reshape(-1, t.shape[-1] if t.dim() else 1) for t in (a, b))
-        cosine = torch.nn.functional.cosine_similarity(rows_a, rows_b, dim=-1)
-        scores.append(float(torch.where((rows_a == rows_b).all(-1), 1.0, cosine).mean()))
-    return sum(scores) / len(scores) if scores else 1.0

@@ -16,6 +16,7 @@ MERGE = (
     " -> (Tensor, Tensor, Tensor)"
 )
 BEST = "best_tokens(Tensor score, int count, int[] protected) -> Tensor"
+APART = -2.0  # the similarity of tokens that may not merge: below every cosine, above that of protected tokens
 
 
 def take(input: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
@@ -34,9 +35,14 @@ def take_shape(input: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tens
     return input.new_empty(shape)
 
 
-def merged(tokens: Any, count: Any, protected: Sequence[int]) -> Any:
-    """How many of so many tokens are merged away when `count` are asked for: at most half of those not protected."""
-    return torch.sym_max(0, torch.sym_min(count, (tokens - len(protected)) // 2))
+def merged(tokens: Any, count: Any, protected: Sequence[int], padded: bool) -> Any:
+    """How many of so many tokens are merged away when `count` are asked for.
+
+    At most half of those that are not protected, and as many as there are at even places; one less with padding, so
+    that a token which may merge with none can stay.
+    """
+    even = (tokens + 1) // 2 - sum(p % 2 == 0 for p in protected) - padded
+    return torch.sym_max(0, torch.sym_min(count, torch.sym_min((tokens - len(protected)) // 2, even)))
 
 
 def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, count: int, protected: Sequence[int],
@@ -44,13 +50,14 @@ def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
     """Merge the most similar pairs of tokens.
 
     Tokens at even places look for the most similar one at odd places; the `count` with the best match become one with
-    it, the mean weighted by size. The others keep their order.
+    it, the mean weighted by size. The others keep their order. Similarity is computed in float64 and rounded to
+    float32: no other order of the sum gives another choice, and duplicates tie. Of equal ones the first is taken.
 
     Args:
         input: [batch, tokens, features].
         size: how many original tokens each stands for, [batch, tokens] float32.
         metric: what similarity is the cosine of, [batch, tokens, any].
-        count: tokens to merge away, clamped to half of those that are not protected.
+        count: tokens to merge away, clamped as `merged` says.
         protected: places of tokens that stay alone.
         valid: False for padding, [batch, tokens]; padding and real tokens are never merged.
 
@@ -59,7 +66,7 @@ def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
     """
     batch, tokens, _ = input.shape
     places = torch.arange(tokens, device=input.device).expand(batch, tokens)
-    gone = int(merged(tokens, count, protected))
+    gone = int(merged(tokens, count, protected, valid is not None))
     if gone == 0:
         return input.clone(), size.clone(), places.clone()
     source, target = _pairs(metric, gone, protected, valid)
@@ -68,25 +75,28 @@ def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
     place = place.scatter(1, source, place.gather(1, target))
     left = tokens - gone
     total = size.new_zeros(batch, left).scatter_add(1, place, size)
-    weighted = input.to(torch.float32) * size[..., None]
-    sums = weighted.new_zeros(batch, left, input.shape[2]).scatter_add(
+    weighted = input.to(torch.float32) * (size / total.gather(1, place))[..., None]
+    means = weighted.new_zeros(batch, left, input.shape[2]).scatter_add(
         1, place[..., None].expand_as(weighted), weighted
     )
     kept = torch.where(stays, places, tokens).sort(1).values[:, :left]
-    return (sums / total[..., None]).to(input.dtype), total, kept
+    return means.to(input.dtype), total, kept
 
 
 def _pairs(metric: torch.Tensor, gone: int, protected: Sequence[int],
            valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Places of the tokens that are merged away, and of those that they become part of."""
-    metric = metric.to(torch.float32)
+    metric = metric.to(torch.float64)
     unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    scores = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
+    scores = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).to(torch.float32)
+    scores.masked_fill_(scores.isnan(), APART)
     for place in protected:
-        (scores[:, place // 2] if place % 2 == 0 else scores[:, :, place // 2]).fill_(-torch.inf)
+        if place % 2:
+            scores[:, :, place // 2] = APART
     if valid is not None:
-        scores.masked_fill_(valid[:, ::2, None] != valid[:, None, 1::2], -torch.inf)
+        scores.masked_fill_(valid[:, ::2, None] != valid[:, None, 1::2], APART)
     best, partner = scores.max(-1)
+    best[:, [p // 2 for p in protected if p % 2 == 0]] = -torch.inf
     order = best.sort(dim=1, descending=True, stable=True).indices[:, :gone]
     return 2 * order, 2 * partner.gather(1, order) + 1
 
@@ -95,14 +105,15 @@ def merge_shapes(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
                  valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The shapes of `merge_tokens`."""
     batch, tokens, features = input.shape
-    left = tokens - merged(tokens, count, protected)
+    left = tokens - merged(tokens, count, protected, valid is not None)
     return (input.new_empty(batch, left, features), size.new_empty(batch, left),
             input.new_empty(batch, left, dtype=torch.int64))  # fmt: skip
 
 
 def best_tokens(score: torch.Tensor, count: int, protected: Sequence[int]) -> torch.Tensor:
     """Places of the `count` tokens of the highest score, and of protected ones, in order: [batch, chosen]."""
-    score = score.to(torch.float32).clone()
+    score = score.to(torch.float32)
+    score = torch.where(score.isnan(), -torch.inf, score)
     score[:, list(protected)] = torch.inf
     order = score.sort(dim=1, descending=True, stable=True).indices  # of equal scores the first place wins
     return order[:, : count + len(protected)].sort(1).values

@@ -21,6 +21,7 @@ from .conv_plan import pads
 from .layout import expression
 from .matmul_family import ConvFamily, MatmulFamily
 from .row_family import RowFamily
+from .token_family import TokenFamily
 from .values import Unsupported
 from .window_family import GroupNormFamily, WindowFamily
 
@@ -77,7 +78,8 @@ class Family(Protocol):
 
 # the first that claims a region plans it
 FAMILIES: tuple[Family, ...] = (
-    AttentionFamily(), ConvFamily(), MatmulFamily(), WindowFamily(), GroupNormFamily(), RowFamily(),
+    AttentionFamily(), ConvFamily(), MatmulFamily(), WindowFamily(), GroupNormFamily(), TokenFamily(),
+    RowFamily(),
 )  # fmt: skip
 
 

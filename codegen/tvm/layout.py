@@ -84,7 +84,7 @@ def access_of(value: Value, tensors: Sequence[torch.Tensor], rank: int) -> Acces
     """The access of a load or gather; of a pick, the walk of the index that decides."""
     if value.op == "pick":
         return _walk([1], [value.attr[0]], -1, rank)
-    position, coords = value.attr
+    position, coords, *_ = value.attr
     return _walk([expression(s) for s in tensors[position].stride()], coords, position, rank)
 
 

@@ -86,11 +86,18 @@ def _cat(s: Site) -> Value:
 def _embedding(s: Site) -> Value:
     indices = s.args["indices"]
     index = s.read(indices, s.coords[: len(shape(indices))])
-    return s.build.gather(s.args["weight"], index, s.coords[len(shape(indices)) :])
+    return s.build.gather(s.args["weight"], 0, index, (None, *s.coords[len(shape(indices)) :]))
+
+
+def _take(s: Site) -> Value:
+    source, dim = s.args["input"], s.args["dim"]
+    index = s.read(s.args["index"], (s.coords[0], s.coords[dim]))
+    sample = None if is_one(shape(source)[0]) else s.coords[0]
+    return s.build.gather(source, dim, index, (sample, *s.coords[1:]))
 
 
 MOVES: dict[str, Rule] = {
     "unsqueeze": _move(_unsqueeze), "squeeze": _move(_squeeze), "permute": _move(_permute),
     "transpose": _move(_permute), "slice": _move(_slice), "select": _move(_select), "expand": _expand, "cat": _cat,
-    "embedding": _embedding,
+    "embedding": _embedding, "take": _take,
 }  # fmt: skip

@@ -42,7 +42,7 @@ class Plan:
         reductions: reductions by the stage of their operand.
         segments: column ranges inside which every cat reads one part (empty: the columns are not static).
         extents: sizes of the merged space, columns last.
-        gathers: the loads whose first index is a value, with the number of entries of their tables.
+        gathers: the loads with an index that is a value, with the number of entries to choose from.
         pick: the value whose index decides which part of every pick a row reads, None if there is no pick.
     """
 
@@ -175,7 +175,7 @@ def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: lis
         segments = list(itertools.pairwise(edges))
     elif rigid:
         raise Unsupported("the last dimension has a symbolic size")
-    gathers = [(v, expression(tensors[v.attr[0]].shape[0])) for v in reached if v.op == "gather"]
+    gathers = [(v, expression(tensors[v.attr[0]].shape[v.attr[2]])) for v in reached if v.op == "gather"]
     picks = [v for v in reached if v.op == "pick"]
     if any(v.attr != picks[0].attr for v in picks):
         raise Unsupported("rows are put together at different places")

@@ -147,7 +147,7 @@ class _Emitter:
         return block.statements
 
     def _table_step(self, v: Value) -> sympy.Expr:
-        return expression(self.plan.tensors[v.attr[0]].stride(0))
+        return expression(self.plan.tensors[v.attr[0]].stride(v.attr[2]))
 
     def _check_entries(self, rows: Any) -> list[Any]:
         """Stop before the first row if a row looks up an entry that its table does not have.

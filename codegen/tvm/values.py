@@ -39,7 +39,7 @@ class Value:
     """One value per (row, column), or per row where `vary` is false.
 
     Attributes:
-        op: ``load``, ``gather`` (a load whose first index is a value), ``const``, ``reduce``, ``cat`` (of columns),
+        op: ``load``, ``gather`` (a load with one index that is a value), ``const``, ``reduce``, ``cat`` (of columns),
             ``pick`` (of rows), ``product``, or the name of an elementwise operation.
         args: operands.
         attr: what else defines it: input and coordinates, the constant, the kind of reduction, boundaries, a dtype.
@@ -105,12 +105,13 @@ class Builder:
         kind, vary = KINDS[node.meta["val"].dtype], _varies(coords)
         return self._make("load", (), (self.region.inputs.index(node), coords), kind, vary, 0, 1)
 
-    def gather(self, node: fx.Node, index: Value, coords: tuple[Coordinate, ...]) -> Value:
-        """An element of a region input whose first index is a value that is the same in the whole row."""
+    def gather(self, node: fx.Node, dim: int, index: Value, coords: tuple[Coordinate, ...]) -> Value:
+        """An element of a region input whose index along `dim` is a value that is the same in the whole row."""
         if node not in self.region.inputs or index.vary or index.stage:
             raise Unsupported(f"{node.name} is looked up by more than one index per row")
-        kind, where = KINDS[node.meta["val"].dtype], (self.region.inputs.index(node), (None, *coords))
-        return self._make("gather", (index,), where, kind, _varies(coords), 0, 1)
+        coords = (*coords[:dim], None, *coords[dim + 1 :])
+        where = self.region.inputs.index(node), coords, dim
+        return self._make("gather", (index,), where, KINDS[node.meta["val"].dtype], _varies(coords), 0, 1)
 
     def pick(self, parts: Sequence[Value], at: Coordinate, bounds: tuple[int, ...]) -> Value:
         """Part k in the rows whose index along the dimension of `at` is bounds[k] or more."""

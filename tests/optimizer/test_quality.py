@@ -19,6 +19,7 @@ from torchlathe.optimizer.quality import Quality, score
 from torchlathe.passes.base import Context, Fidelity, Pass
 from torchlathe.passes.capture import capture
 from torchlathe.passes.program import Program
+from torchlathe.passes.verify import reason_against
 
 HOST = targets.get("cpu")
 
@@ -118,3 +119,55 @@ def test_kernels_are_checked_against_what_they_compute_not_against_the_original(
     fast = torchlathe.optimize(model, (x,), passes=[Scale(by=0.5)], level="fast")
     assert fast.report.steps[0].kept
     torch.testing.assert_close(fast(x), 0.5 * model(x))
+
+
+@dataclass(frozen=True)
+class Round(Pass):
+    """Adds a number so small that only rounding could explain it, or one so large that nothing does."""
+
+    name: ClassVar[str] = "add-little"
+
+    by: float = 0.0
+
+    def run(self, program: Program, ctx: Context) -> int:
+        output = program.graph.output_node()
+        (result,) = program.outputs
+        output.args = ((program.call(torch.ops.aten.add.Tensor, result, self.by, before=output),),)
+        return 1
+
+
+@pytest.mark.parametrize(("by", "kept"), [(1e-7, True), (0.1, False)])
+def test_exact_rewrites_after_a_lossy_one_are_held_to_its_answers(by: float, kept: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 6).eval(), torch.randn(16, 8)
+    program = capture(model, (x,))
+    with torch.no_grad():
+        judge = Judge([x], program.run([x]), timed=False, original=program)
+        _, steps = run_passes(program, [Scale(by=1.5), Round(by=by), Scale(noise=0.1)], Context(HOST), judge)
+    assert [s.kept for s in steps] == [True, kept, True]
+    assert steps[2].quality < 1.0  # scored against the original, not against what Scale made of it
+
+
+def test_a_choice_between_near_equals_may_turn() -> None:
+    """Answers that differ in one row of many count as equal only where the program chooses by comparing."""
+    x = torch.randn(4000, 8)
+    wanted = [x.clone()]
+    turned = [torch.where(torch.arange(4000)[:, None] == 7, x.roll(1, 1), x)]
+    plain = capture(nn.Identity(), (x,))
+    choosing = capture(Sorted(), (x,))
+    assert "deviates" in str(reason_against(plain, turned, wanted))
+    assert reason_against(choosing, turned, wanted) is None
+    assert "deviates" in str(reason_against(choosing, [x.roll(1, 1)], wanted))
+    assert "deviates" in str(reason_against(choosing, [x[:, :7]], wanted))
+
+
+class Sorted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + x.sort(0).values
+
+
+def test_the_standard_list_has_a_name() -> None:
+    model, x = nn.Linear(8, 6).eval(), torch.randn(16, 8)
+    found = torchlathe.optimize(model, (x,), passes=["default", Scale(by=2.0)], level="fast")
+    names = [s.name for s in found.report.steps]
+    assert names[-2:] == ["scale-result", "lower"] and "fuse-attention" in names

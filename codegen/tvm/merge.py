@@ -1,0 +1,359 @@
+"""The TIR function of token merging: similarity, choice, and weighted means in four loops of one kernel.
+
+Similarity is summed in float64 and rounded to float32, so that duplicates tie exactly whatever the order of the sum,
+and so that this kernel and torch choose the same tokens: a choice cannot be off by a rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from tvm import tirx
+
+from ...passes import token_ops
+from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, serial, take
+from .layout import Access, Sizes
+from .math import Block, assign, on_stack, read, register
+from .ranking import MASKED, Scratch, load, mark_best, store
+from .tile import split
+
+HEIGHT = 4  # even tokens of a tile
+VECTORS = 4  # vectors of odd tokens of a tile: 16 accumulators
+WIDE = 8  # float64 numbers of a vector; where a vector holds fewer, the code generator takes several
+RUN = 8  # tokens of one task where tokens are averaged
+
+
+@dataclass
+class Merge:
+    """A token merging over [batch, tokens, features] with a metric of its own number of features.
+
+    Attributes:
+        tensors: of the parameters: inputs, then outputs.
+        input, size, metric: walks of [batch, tokens(, features)].
+        valid: the walk of [batch, tokens], None without padding.
+        outputs: position of the parameter for tokens, sizes, places; None if nobody reads it.
+        batch: number of samples.
+        tokens: before.
+        left: after.
+        features: of a token.
+        compared: features of the metric.
+        protected: places of tokens that stay alone.
+    """
+
+    tensors: list[torch.Tensor]
+    input: Access
+    size: Access
+    metric: Access
+    valid: Access | None
+    outputs: tuple[int | None, int | None, int | None]
+    batch: sympy.Expr
+    tokens: int
+    left: int
+    features: int
+    compared: int
+    protected: tuple[int, ...]
+
+    @property
+    def even(self) -> int:
+        """Tokens at even places."""
+        return (self.tokens + 1) // 2
+
+    @property
+    def odd(self) -> int:
+        """Tokens at odd places."""
+        return self.tokens // 2
+
+    @property
+    def padded(self) -> int:
+        """Odd tokens in whole tiles."""
+        return -(-self.odd // (WIDE * VECTORS)) * WIDE * VECTORS
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of one call, 0 if the batch is symbolic."""
+        if not self.batch.is_Integer:
+            return 0
+        return 2 * int(self.batch) * (self.even * self.odd * self.compared + self.tokens * self.features)
+
+
+def function(merge: Merge, name: str, lanes: int, threaded: bool) -> Any:
+    """The complete PrimFunc."""
+    sizes = Sizes()
+    buffers, memory = parameters(merge.tensors, sizes)
+    return prim_func(name, buffers, memory, _Emitter(merge, lanes, threaded, sizes, memory).statements())
+
+
+@dataclass
+class _Emitter:
+    """Emits the loops; scratch buffers hold for each sample:
+
+    odd [compared, padded], inverse [tokens] of the metric's lengths, kind [tokens] (-1 protected, 0 padding, 1 other),
+    best and partner [even], gone [even], place [tokens], total and start [left], next and member [tokens].
+    """
+
+    merge: Merge
+    lanes: int
+    threaded: bool
+    sizes: Sizes
+    memory: Memory
+    scratch: Scratch = field(default_factory=Scratch)
+
+    def statements(self) -> list[Any]:
+        """Allocate, then one loop after the other."""
+        m, b = self.merge, Block(1)
+        batch = b.let(self.sizes.tir(m.batch))
+        for name, dtype, count in (
+            ("odd", "float32", m.compared * m.padded), ("inverse", "float64", m.tokens), ("kind", "int32", m.tokens),
+            ("best", "float32", m.even), ("partner", "int32", m.even), ("gone", "int32", m.even),
+            ("place", "int32", m.tokens), ("total", "float32", m.left), ("start", "int32", m.left + 1),
+            ("next", "int32", m.left), ("member", "int32", m.tokens),
+        ):  # fmt: skip
+            b.statements.append(self.scratch.make(name, dtype, batch * integer(count)))
+        return [
+            *b.statements,
+            self._loop(batch, m.tokens, self._measure),
+            self._loop(batch, -(-m.even // HEIGHT), self._compare),
+            self._loop(batch, 1, self._choose),
+            *([] if m.outputs[0] is None else [self._loop(batch, -(-m.left // RUN), self._average)]),
+        ]
+
+    def _loop(self, batch: Any, each: int, body: Callable[[Any, Any], list[Any]]) -> Any:
+        task, b = tirx.Var("task", "int64"), Block(1)
+        sample, number = split(b, task, [batch, integer(each)])
+        loop = parallel if self.threaded else serial
+        return loop(task, batch * integer(each), [*b.statements, *body(sample, number)])
+
+    def _value(self, b: Block, access: Access, *digits: Any) -> Any:
+        """One element, as a computing value."""
+        return self.memory.load(b, access.buffer, self.sizes.offset(access, digits), None)
+
+    def _measure(self, sample: Any, token: Any) -> list[Any]:
+        """Of one token: its kind, the inverse length of its metric, and its metric's column if its place is odd."""
+        m, b, step = self.merge, Block(1), Block(1)
+        at = b.let(sample * integer(m.tokens) + token)
+        kind: Any = tirx.const(1, "int32")
+        if m.valid is not None:
+            valid = self._value(b, m.valid, sample, token)
+            kind = tirx.Select(valid, kind, tirx.const(0, "int32"))
+        for place in m.protected:
+            kind = tirx.Select(tirx.EQ(token, integer(place)), tirx.const(-1, "int32"), kind)
+        b.statements.append(store(self.scratch["kind"], at, kind))
+        square, d = register("float64"), tirx.Var("d", "int64")
+        b.statements += [on_stack(square), assign(square, tirx.const(0.0, "float64"))]
+        x = self._value(step, m.metric, sample, token, d)
+        exact = step.let(tirx.Cast("float64", x))
+        step.statements.append(assign(square, read(square) + exact * exact))
+        column = (sample * integer(m.compared) + d) * integer(m.padded) + tirx.floordiv(token, integer(2))
+        odd = tirx.EQ(tirx.floormod(token, integer(2)), integer(1))
+        step.statements.append(tirx.IfThenElse(odd, store(self.scratch["odd"], column, x), None))
+        b.statements.append(serial(d, integer(m.compared), step.statements))
+        least = tirx.const(float(torch.finfo(torch.float32).tiny), "float64")
+        length = b.let(tirx.max(tirx.sqrt(read(square)), least))
+        b.statements.append(store(self.scratch["inverse"], at, tirx.Div(tirx.const(1.0, "float64"), length)))
+        return b.statements
+
+    def _compare(self, sample: Any, tile: Any) -> list[Any]:
+        """Of some even tokens: the most similar odd one."""
+        m, b = self.merge, Block(1)
+        last = integer(m.even - 1)
+        rows = [b.let(tirx.min(tile * integer(HEIGHT) + integer(r), last)) for r in range(HEIGHT)]
+        best = [register(f"float32x{WIDE}") for _ in rows]
+        partner = [register(f"int32x{WIDE}") for _ in rows]
+        wide = Block(WIDE)
+        for x, y in zip(best, partner, strict=True):
+            b.statements += [on_stack(x), on_stack(y), assign(x, wide.const(token_ops.APART)),
+                             assign(y, wide.const(0, "int32"))]  # fmt: skip
+        of = sample * integer(m.tokens)
+        kinds = [b.let(load(self.scratch["kind"], of + row * integer(2))) for row in rows]
+        inverse = [b.let(load(self.scratch["inverse"], of + row * integer(2))) for row in rows]
+        block = tirx.Var("block", "int64")
+        body = self._products(sample, rows, block * integer(WIDE * VECTORS), inverse, kinds, best, partner)
+        b.statements.append(serial(block, integer(m.padded // (WIDE * VECTORS)), body))
+        for row, kind, x, y in zip(rows, kinds, best, partner, strict=True):
+            b.statements += self._joined(sample * integer(m.even) + row, kind, x, y)
+        return b.statements
+
+    def _products(self, sample: Any, rows: list[Any], first: Any, inverse: list[Any], kinds: list[Any],
+                  best: list[Any], partner: list[Any]) -> list[Any]:  # fmt: skip
+        """Scores of some rows with one block of odd tokens, and what they change in the best ones."""
+        m, start, d = self.merge, Block(WIDE), tirx.Var("d", "int64")
+        sums = [[register(f"float64x{WIDE}") for _ in range(VECTORS)] for _ in rows]
+        for total in itertools.chain(*sums):
+            start.statements += [on_stack(total), assign(total, start.const(0.0, "float64"))]
+        inner, one = Block(WIDE), Block(1)
+        base = one.let((sample * integer(m.compared) + d) * integer(m.padded) + first)
+        stored = [take(inner, self.scratch["odd"], base + integer(v * WIDE)) for v in range(VECTORS)]
+        columns = [inner.let(tirx.Cast(inner.dtype("float64"), x)) for x in stored]
+        for row, totals in zip(rows, sums, strict=True):
+            x = inner.spread(one.let(tirx.Cast("float64", self._value(one, m.metric, sample, row * integer(2), d))))
+            for total, column in zip(totals, columns, strict=True):
+                inner.statements.append(assign(total, read(total) + x * column))
+        loop = serial(d, integer(m.compared), [*one.statements, *inner.statements])
+        ends: list[Any] = []
+        for v in range(VECTORS):
+            ends += self._update(sample, first + integer(v * WIDE), v, sums, inverse, kinds, best, partner)
+        return [*start.statements, loop, *ends]
+
+    def _update(self, sample: Any, first: Any, v: int, sums: list[list[Any]], inverse: list[Any], kinds: list[Any],
+                best: list[Any], partner: list[Any]) -> list[Any]:  # fmt: skip
+        """Compare one vector of scores of every row with the best so far; the first of equal ones stays."""
+        m, b, k = self.merge, Block(WIDE), tirx.Var("k", "int64")
+        place = sample * integer(m.tokens) + integer(1)
+        lengths = tirx.decl_buffer((WIDE,), "float64", "lengths", data_alignment=64)
+        others = tirx.decl_buffer((WIDE,), "int32", "others", data_alignment=64)
+        at = tirx.min(first + k, integer(m.odd - 1)) * integer(2) + place
+        inside = first + k < integer(m.odd)
+        gather = serial(k, integer(WIDE), [
+            store(lengths, k, load(self.scratch["inverse"], at)),
+            store(others, k, tirx.Select(inside, load(self.scratch["kind"], at), tirx.const(-1, "int32"))),
+        ])  # fmt: skip
+        scale, kind = b.let(take(b, lengths, integer(0))), b.let(take(b, others, integer(0)))
+        index = b.let(tirx.Cast(b.dtype("int32"), tirx.Ramp(first, integer(1), WIDE)))
+        for row, totals in enumerate(sums):
+            score = b.let(read(totals[v]) * b.spread(inverse[row]) * scale)
+            score = b.let(tirx.Cast(b.dtype("float32"), score))
+            better = tirx.And(tirx.EQ(kind, b.spread(kinds[row])), score > read(best[row]))
+            chosen = b.let(tirx.Select(better, index, read(partner[row])))
+            higher = b.let(tirx.Select(better, score, read(best[row])))
+            b.statements += [assign(partner[row], chosen), assign(best[row], higher)]
+        return [on_stack(lengths), on_stack(others), gather, *b.statements]
+
+    def _joined(self, at: Any, kind: Any, best: Any, partner: Any) -> list[Any]:
+        """The best lane of a row: the highest score, of equal ones the lowest place. Protected rows never merge."""
+        lane, b = tirx.Var("lane", "int64"), Block(1)
+        scores = tirx.decl_buffer((WIDE,), "float32", "scores", data_alignment=64)
+        places = tirx.decl_buffer((WIDE,), "int32", "places", data_alignment=64)
+        wide = Block(WIDE)
+        put(wide, scores, integer(0), read(best))
+        put(wide, places, integer(0), read(partner))
+        high, low = register("float32"), register("int32")
+        score, place = b.let(load(scores, lane)), b.let(load(places, lane))
+        tie = tirx.And(tirx.EQ(score, read(high)), place < read(low))
+        better = tirx.Or(score > read(high), tie)
+        b.statements.append(tirx.IfThenElse(better, tirx.SeqStmt([assign(high, score), assign(low, place)]), None))
+        alone = kind < tirx.const(0, "int32")
+        return [
+            on_stack(scores), on_stack(places), *wide.statements, on_stack(high), on_stack(low),
+            assign(high, load(scores, integer(0))), assign(low, load(places, integer(0))),
+            serial(lane, integer(WIDE), b.statements),
+            store(self.scratch["best"], at, tirx.Select(alone, Block(1).const(MASKED), read(high))),
+            store(self.scratch["partner"], at, read(low)),
+        ]  # fmt: skip
+
+    def _choose(self, sample: Any, _only: Any) -> list[Any]:
+        """Of one sample: which even tokens go, where to, and who makes up each token that is left."""
+        m, scratch = self.merge, self.scratch
+        even, tokens, left = (sample * integer(n) for n in (m.even, m.tokens, m.left))
+        ranked = mark_best(scratch["best"], even, m.even, integer(m.tokens - m.left), scratch["gone"], even, self.lanes)
+        return [
+            *ranked,
+            *self._stay(sample, even, tokens, left),
+            self._go(sample, even, tokens, left),
+            *self._list(sample, tokens, left),
+        ]
+
+    def _stay(self, sample: Any, even: Any, tokens: Any, left: Any) -> list[Any]:
+        """Places of the tokens that stay, in order; `next` counts who makes up each."""
+        scratch, outputs, b, inner = self.scratch, self.merge.outputs, Block(1), Block(1)
+        count, t = register("int64"), tirx.Var("t", "int64")
+        half, odd = tirx.floordiv(t, integer(2)), tirx.EQ(tirx.floormod(t, integer(2)), integer(1))
+        mark = b.let(load(scratch["gone"], even + half))
+        place = inner.let(read(count))
+        inner.statements += [
+            store(scratch["place"], tokens + t, tirx.Cast("int32", place)),
+            store(scratch["next"], left + place, tirx.const(1, "int32")),
+            store(scratch["total"], left + place, self._value(inner, self.merge.size, sample, t)),
+            assign(count, place + integer(1)),
+        ]
+        if outputs[2] is not None:
+            self.memory.store(inner, outputs[2], left + place, t)
+        stays = tirx.Or(odd, tirx.EQ(mark, tirx.const(0, "int32")))
+        b.statements.append(tirx.IfThenElse(stays, tirx.SeqStmt(inner.statements), None))
+        return [on_stack(count), assign(count, integer(0)), serial(t, integer(self.merge.tokens), b.statements)]
+
+    def _go(self, sample: Any, even: Any, tokens: Any, left: Any) -> Any:
+        """Every token that goes takes the place of its partner and adds its size."""
+        scratch, b, inner, i = self.scratch, Block(1), Block(1), tirx.Var("i", "int64")
+        mark = b.let(load(scratch["gone"], even + i))
+        partner = inner.let(tirx.Cast("int64", load(scratch["partner"], even + i)))
+        place = inner.let(load(scratch["place"], tokens + partner * integer(2) + integer(1)))
+        at = inner.let(left + tirx.Cast("int64", place))
+        size = self._value(inner, self.merge.size, sample, i * integer(2))
+        inner.statements += [
+            store(scratch["place"], tokens + i * integer(2), place),
+            store(scratch["next"], at, load(scratch["next"], at) + tirx.const(1, "int32")),
+            store(scratch["total"], at, load(scratch["total"], at) + size),
+        ]
+        goes = tirx.EQ(mark, tirx.const(1, "int32"))
+        b.statements.append(tirx.IfThenElse(goes, tirx.SeqStmt(inner.statements), None))
+        return serial(i, integer(self.merge.even), b.statements)
+
+    def _list(self, sample: Any, tokens: Any, left: Any) -> list[Any]:
+        """`member` from start[p] to start[p + 1]: the tokens that make up token p of the result, in order."""
+        scratch, m, p, t = self.scratch, self.merge, tirx.Var("p", "int64"), tirx.Var("t", "int64")
+        starts, one = sample * integer(m.left + 1), tirx.const(1, "int32")
+        b, count = Block(1), register("int32")
+        begin, own = b.let(read(count)), b.let(load(scratch["next"], left + p))
+        b.statements += [
+            store(scratch["next"], left + p, begin), assign(count, begin + own),
+            store(scratch["start"], starts + p + integer(1), begin + own),
+        ]  # fmt: skip
+        if m.outputs[1] is not None:
+            self.memory.store(b, m.outputs[1], left + p, load(scratch["total"], left + p))
+        fill_in = Block(1)
+        place = fill_in.let(left + tirx.Cast("int64", load(scratch["place"], tokens + t)))
+        at = fill_in.let(load(scratch["next"], place))
+        fill_in.statements += [
+            store(scratch["member"], tokens + tirx.Cast("int64", at), tirx.Cast("int32", t)),
+            store(scratch["next"], place, at + one),
+        ]
+        return [
+            on_stack(count), assign(count, tirx.const(0, "int32")),
+            store(scratch["start"], starts, tirx.const(0, "int32")),
+            serial(p, integer(m.left), b.statements), serial(t, integer(m.tokens), fill_in.statements),
+        ]  # fmt: skip
+
+    def _average(self, sample: Any, run: Any) -> list[Any]:
+        """Some tokens of the result: means of those that make them up, weighted by size."""
+        m, b, p = self.merge, Block(1), tirx.Var("p", "int64")
+        first = run * integer(RUN)
+        place, starts = first + p, sample * integer(m.left + 1)
+        bounds = [b.let(tirx.Cast("int64", load(self.scratch["start"], starts + place + integer(k)))) for k in (0, 1)]
+        total = b.let(load(self.scratch["total"], sample * integer(m.left) + place))
+        width, group = self.lanes * VECTORS, tirx.Var("group", "int64")
+        whole = m.features // width
+        if whole:
+            slots = [(v * self.lanes, self.lanes) for v in range(VECTORS)]
+            body = self._means(sample, place, bounds, total, group * integer(width), slots)
+            b.statements.append(serial(group, integer(whole), body))
+        if rest := m.features - whole * width:
+            b.statements += self._means(sample, place, bounds, total, integer(whole * width), pieces(rest, self.lanes))
+        count = tirx.min(integer(RUN), integer(m.left) - first)
+        return [serial(p, count, b.statements)]
+
+    def _means(self, sample: Any, place: Any, bounds: list[Any], total: Any, first: Any,
+               slots: list[tuple[int, int]]) -> list[Any]:  # fmt: skip
+        """Some features of one token of the result."""
+        m, one, k = self.merge, Block(1), tirx.Var("k", "int64")
+        assert m.outputs[0] is not None
+        member = load(self.scratch["member"], sample * integer(m.tokens) + bounds[0] + k)
+        token = one.let(tirx.Cast("int64", member))
+        weight = one.let(tirx.Div(self._value(one, m.size, sample, token), total))
+        base = one.let(self.sizes.offset(m.input, (sample, token, first)))
+        step = self.sizes.tir(m.input.strides[-1])
+        before, inner, after = list[Any](), list[Any](), list[Any]()
+        out = (sample * integer(m.left) + place) * integer(m.features) + first
+        for low, lanes in slots:
+            b, kept = Block(lanes), register(Block(lanes).dtype("float32"))
+            before += [on_stack(kept), assign(kept, b.const(0.0))]
+            x = self.memory.load(b, m.input.buffer, base + integer(low) * step, step)
+            inner += [*b.statements, assign(kept, read(kept) + x * b.spread(weight))]
+            end = Block(lanes)
+            self.memory.store(end, m.outputs[0], out + integer(low), read(kept))
+            after += end.statements
+        return [*before, serial(k, bounds[1] - bounds[0], [*one.statements, *inner]), *after]
