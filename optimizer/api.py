@@ -59,8 +59,7 @@ def optimize(
         args: example positional inputs; shapes are fixed to theirs unless `dynamic_shapes` says otherwise.
         kwargs: example keyword inputs.
         target: name of a target that this host can run, or a Target.
-        passes: apply exactly these, in this order (instances or names); the name ``default`` stands for the standard
-            list, which None applies.
+        passes: apply exactly these, in this order (instances or names; ``default`` names the standard list).
         data: calibration batches, each a tuple of positional inputs; the report states the agreement on them.
         quality: budget for lossy passes; without one a lossy pass that `passes` names stays if it is faster.
         dynamic_shapes: as in `torch.export.export`.
