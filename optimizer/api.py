@@ -26,7 +26,7 @@ from ..passes.program import Program
 from ..targets.folder import cache_folder
 from ..targets.records import Records
 from ..targets.target import Target
-from .judge import Judge, lower_and_judge, recorded
+from .judge import Judge, lower_and_judge, outputs_of, recorded
 from .kernels import kernel_rows
 from .pipeline import PASSES, run_passes
 from .quality import Quality, score
@@ -65,7 +65,7 @@ def optimize(
         dynamic_shapes: as in `torch.export.export`.
         limit: stop after this many kept rewrites.
         level: ``fast`` measures nothing and takes the likeliest kernels; ``default`` measures candidates that are not
-            on record; ``max`` takes five times as long over each region.
+            on record; ``max`` takes five times as long, and searches schedules for operators without a template.
         budget: seconds of trying candidate kernels, after which the likeliest are taken.
         num_threads: threads of the result, whatever `torch.set_num_threads` says when it is called.
         progress: called with a short sentence at each step.
@@ -122,7 +122,7 @@ def compile_program(
     """
     tuner = tuner or make_tuner()
     before, flat = program.text(), [_dense(v) for v in flat]
-    wanted = _run(program, flat)
+    wanted = outputs_of(program, flat)
     ctx = Context(target, data=data, quality=quality, records=tuner.records)
     batches = [pytree.tree_leaves(b) for b in data or ()]
     judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records, original=program,
@@ -141,12 +141,6 @@ def compile_program(
             found = score(program.run, best.run, batches)
             notes.append(f"agreement with the original on {len(batches)} batches: {found.value:.6f}")
     return result
-
-
-def _run(program: Program, flat: Sequence[Any]) -> list[Any]:
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return program.run(flat)
 
 
 def explain(

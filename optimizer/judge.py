@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,9 +63,7 @@ class Judge:
 
     def onward(self, program: Program) -> Judge:
         """The judge of what comes after a lossy rewrite: exact ones must give this program's answers."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return replace(self, now=program.run(self.inputs))
+        return replace(self, now=outputs_of(program, self.inputs))
 
     def decide(self, before: Program, after: Program, rewrite: Pass, ctx: Context, step: Step) -> Step:
         """The step with its verdict.
@@ -75,14 +73,13 @@ class Judge:
         """
         try:
             well_formed(after)
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                if rewrite.fidelity is not Fidelity.LOSSY:
+            if rewrite.fidelity is Fidelity.LOSSY:
+                step = self.scored(after, ctx, step)
+                if step.reason:
+                    return step
+            else:
+                with repeatable():
                     same_answers(after, self.inputs, self.answers, rewrite.name)
-                else:
-                    step = self._scored(after, ctx, step)
-                    if step.reason:
-                        return step
         except VerifyError as error:
             return replace(step, reason=error.what)
         if not self.timed or _calls(before) == _calls(after):
@@ -93,11 +90,12 @@ class Judge:
         )  # fmt: skip
         return self._verdict(seen, step, rewrite.fidelity)
 
-    def _scored(self, after: Program, ctx: Context, step: Step) -> Step:
+    def scored(self, after: Program, ctx: Context, step: Step) -> Step:
         """The step with its quality, and with a reason if the quality is not enough."""
         budget = ctx.quality
         try:
-            found = score(self._wanted, after.run, self.batches or [self.inputs], budget.metric if budget else None)
+            with repeatable():
+                found = score(self._wanted, after.run, self.batches or [self.inputs], budget.metric if budget else None)
         except ValueError as reason:
             return replace(step, reason=f"{reason}; give a metric that can judge it")
         step = replace(step, quality=found.value)
@@ -110,8 +108,7 @@ class Judge:
 
     def decide_lowering(self, plain: Executable, lowered: Executable, target: Target, step: Step) -> Step:
         """The step with its verdict: the kernels together must give the original's answers and not be slower."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with repeatable():
             reason = reason_against(lowered.program, lowered.measured(self.inputs), self.answers)
         if reason is not None:
             return replace(step, reason=reason)
@@ -136,6 +133,20 @@ class Judge:
         if seen.slower or (fidelity is Fidelity.LOSSY and not seen.faster):
             return replace(step, reason="measurably slower" if seen.slower else "not measurably faster")
         return replace(step, kept=True)
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Without gradients, with the same random numbers each time; the user's are left as they were."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def outputs_of(program: Program, inputs: Sequence[Any]) -> list[Any]:
+    """Flat outputs of a program."""
+    with repeatable():
+        return program.run(inputs)
 
 
 def recorded(records: Records, what: tuple[Target, Any, Any], budget: float, a: Make, b: Make) -> Comparison:

@@ -57,13 +57,15 @@ class Step:
     bytes_before: int = 0  # read and written
     bytes_after: int = 0
     took: float = 0.0  # seconds that the step itself took
+    setting: str = ""  # knobs of the pass that differ from its defaults
 
     @property
     def outcome(self) -> str:
         """What became of the rewrite, in a few words."""
         if self.refusal is not None:
             return f"refused: {self.refusal}"
-        return ("kept" if self.kept else "dropped") + (f": {self.reason}" if self.reason else "")
+        with_knobs = f" ({self.setting})" if self.setting else ""
+        return ("kept" if self.kept else "dropped") + with_knobs + (f": {self.reason}" if self.reason else "")
 
     def cells(self) -> list[str]:
         """The texts of this row under STEP_HEADS."""

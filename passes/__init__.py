@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .exact.merge_common import MergeCommon as MergeCommon
     from .exact.merge_reparam import MergeReparam as MergeReparam
     from .lossy.merge_tokens import MergeTokens as MergeTokens
+    from .lossy.prune_and_restore import PruneAndRestore as PruneAndRestore
     from .lossy.prune_tokens import PruneTokens as PruneTokens
 
 PASSES = {
@@ -29,6 +30,7 @@ PASSES = {
     "MergeCommon": ".exact.merge_common",
     "MergeReparam": ".exact.merge_reparam",
     "MergeTokens": ".lossy.merge_tokens",
+    "PruneAndRestore": ".lossy.prune_and_restore",
     "PruneTokens": ".lossy.prune_tokens",
 }
 

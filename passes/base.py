@@ -62,7 +62,7 @@ class Pass:
     needs_data: ClassVar[bool] = False
 
     def space(self, program: Program, ctx: Context) -> Iterable[Self]:
-        """Settings worth trying on this program."""
+        """Settings worth trying on this program; those of a lossy pass from little to much that is given up."""
         yield self
 
     def run(self, program: Program, ctx: Context) -> int | Refusal:

@@ -61,6 +61,7 @@ class Shortening:
         kept: [batch, shorter axis], the place of each element of `new` along the axis of `at`.
         in_order: whether what stays keeps its order and what it stands for.
         keeps_last: whether the last element stays last.
+        inside: nodes that may become shorter, None for all that follow; `restore` then serves those outside.
     """
 
     program: Program
@@ -73,19 +74,48 @@ class Shortening:
     kept: fx.Node
     in_order: bool = False
     keeps_last: bool = False
+    inside: frozenset[fx.Node] | None = None
     changed: set[fx.Node] = field(default_factory=set)
     taken: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
 
     def apply(self) -> None:
         """Let what comes after `new` read it instead of `at`, and follow. Raises Stopped: the graph is then void."""
-        for user in [u for u in self.at.users if u > self.new]:
+        for user in [u for u in self.at.users if u > self.new and self._follows(u)]:
             user.replace_input_with(self.at, self.new)
         self.axes.values[self.new] = list(self.axes.of(self.at))
         self.activations.add(self.new)
         self.changed.add(self.new)
         for node in [n for n in self.program.graph.nodes if n > self.new and n.op != "output"]:
-            if any(n in self.changed for n in node.all_input_nodes):
+            if self._follows(node) and any(n in self.changed for n in node.all_input_nodes):
                 self._follow(node)
+
+    def restore(self, places: fx.Node, residual: bool = False) -> None:
+        """Let what is not inside read the axis at full length: each element as the one that it became.
+
+        Args:
+            places: [batch, axis], where each element went.
+            residual: add to each element, as it was at `at`, what the element that it became has changed by. That is
+                for values of a residual stream.
+        """
+        call, take = self.program.call, ops.take()
+        for node in sorted(self.changed - {self.new}):
+            readers = [u for u in node.users if u not in self.changed and not self._follows(u)]
+            if not readers or node in self.taken.values():
+                continue
+            if self.axes.of(node)[1:2] != [self.axis] or len(self.places(node)) != 1:
+                raise Stopped(node, "it carries the shorter axis out of the part that may be shorter")
+            before = node.next
+            if residual:
+                change = call(aten.sub.Tensor, node, self.new, before=before)
+                whole = call(aten.add.Tensor, self.at, call(take, change, 1, places, before=before), before=before)
+            else:
+                whole = call(take, node, 1, places, before=before)
+            self.axes.values[whole] = list(self.axes.of(node))
+            for reader in readers:
+                reader.replace_input_with(node, whole)
+
+    def _follows(self, node: fx.Node) -> bool:
+        return self.inside is None or node in self.inside
 
     def places(self, node: fx.Node) -> list[int]:
         """Dimensions of a node's tensor that carry the axis. Raises Stopped if one carries a part of it."""

@@ -13,7 +13,7 @@ import torch
 TAKE = "take(Tensor input, int dim, Tensor index) -> Tensor"
 MERGE = (
     "merge_tokens(Tensor input, Tensor size, Tensor metric, int count, int[] protected, Tensor? valid=None)"
-    " -> (Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 BEST = "best_tokens(Tensor score, int count, int[] protected) -> Tensor"
 APART = -2.0  # the similarity of tokens that may not merge: below every cosine, above that of protected tokens
@@ -46,7 +46,7 @@ def merged(tokens: Any, count: Any, protected: Sequence[int], padded: bool) -> A
 
 
 def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, count: int, protected: Sequence[int],
-                 valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+                 valid: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Merge the most similar pairs of tokens.
 
     Tokens at even places look for the most similar one at odd places; the `count` with the best match become one with
@@ -62,13 +62,14 @@ def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
         valid: False for padding, [batch, tokens]; padding and real tokens are never merged.
 
     Returns:
-        The tokens, their sizes, and the place that each had (of a merged pair, the odd one's).
+        The tokens, their sizes, the place that each had (of a merged pair, the odd one's), and for each token of the
+        input its place in the result.
     """
     batch, tokens, _ = input.shape
     places = torch.arange(tokens, device=input.device).expand(batch, tokens)
     gone = int(merged(tokens, count, protected, valid is not None))
     if gone == 0:
-        return input.clone(), size.clone(), places.clone()
+        return input.clone(), size.clone(), places.clone(), places.clone()
     source, target = _pairs(metric, gone, protected, valid)
     stays = torch.ones_like(places, dtype=torch.bool).scatter(1, source, False)
     place = stays.cumsum(1) - 1
@@ -80,7 +81,7 @@ def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
         1, place[..., None].expand_as(weighted), weighted
     )
     kept = torch.where(stays, places, tokens).sort(1).values[:, :left]
-    return means.to(input.dtype), total, kept
+    return means.to(input.dtype), total, kept, place
 
 
 def _pairs(metric: torch.Tensor, gone: int, protected: Sequence[int],
@@ -102,12 +103,12 @@ def _pairs(metric: torch.Tensor, gone: int, protected: Sequence[int],
 
 
 def merge_shapes(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, count: int, protected: Sequence[int],
-                 valid: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+                 valid: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The shapes of `merge_tokens`."""
     batch, tokens, features = input.shape
     left = tokens - merged(tokens, count, protected, valid is not None)
-    return (input.new_empty(batch, left, features), size.new_empty(batch, left),
-            input.new_empty(batch, left, dtype=torch.int64))  # fmt: skip
+    kept, places = (input.new_empty(batch, n, dtype=torch.int64) for n in (left, tokens))
+    return input.new_empty(batch, left, features), size.new_empty(batch, left), kept, places
 
 
 def best_tokens(score: torch.Tensor, count: int, protected: Sequence[int]) -> torch.Tensor:

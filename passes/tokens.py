@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from ..targets import cost
 from .axes import analyse
 from .axis import Axes, Dim
 from .axis_rules import by_element
@@ -60,6 +61,7 @@ class Tokens:
         sites: self-attentions over them, in order.
         protected: places of tokens that come from parameters (class, distillation, registers).
         activations: nodes that descend from the first value of the stream, and that value.
+        length: number of tokens that the first attention is over; where it is symbolic, that of the example.
     """
 
     axes: Axes
@@ -67,6 +69,7 @@ class Tokens:
     sites: list[Site]
     protected: tuple[int, ...]
     activations: set[fx.Node]
+    length: int
 
 
 def find_tokens(program: Program, in_order: bool = False) -> Tokens | Refusal:
@@ -101,7 +104,7 @@ def find_tokens(program: Program, in_order: bool = False) -> Tokens | Refusal:
             return Refusal.at(site.attention, "its mask differs from query to query: tokens are told apart by place")
     after = _descendants(stream.values[0])
     places = sorted({*protected(axes, axis), *_selected(axes, axis, after)})
-    return Tokens(axes, axis, sites, tuple(places), after)
+    return Tokens(axes, axis, sites, tuple(places), after, cost.hint(sites[0].at.meta["val"].shape[1]))
 
 
 def _selected(axes: Axes, axis: Dim, nodes: set[fx.Node]) -> list[int]:

@@ -79,7 +79,7 @@ def flops(node: fx.Node) -> int:
         return out * _window(node, name)
     registered = flop_registry.get(getattr(node.target, "overloadpacket", None))
     if registered is not None:
-        return _hint(registered(*_values(node.args), **_values(node.kwargs), out_val=node.meta["val"]))
+        return hint(registered(*_values(node.args), **_values(node.kwargs), out_val=node.meta["val"]))
     return _elementwise(node, name, out)
 
 
@@ -156,14 +156,15 @@ def _flatten(value: Any) -> Iterator[torch.Tensor]:
             yield from _flatten(item)
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
+    """A size; of a symbolic one that of the example input."""
     if isinstance(size, torch.SymInt):  # reading the hint, unlike int(), adds no guard
-        return int(size.node.hint) if size.node.has_hint() else UNKNOWN_SIZE
+        return int(size.node.hint) if size.node.hashint() else UNKNOWN_SIZE
     return int(size)
 
 
 def _hints(sizes: Iterable[Any]) -> tuple[int, ...]:
-    return tuple(_hint(size) for size in sizes)
+    return tuple(hint(size) for size in sizes)
 
 
 def _shape(value: torch.Tensor) -> tuple[int, ...]:

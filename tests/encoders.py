@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -90,6 +92,14 @@ class Encoder(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
+class Dense(Encoder):
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.begin(x)
+        for block in self.blocks:
+            x = block(x, None)
+        return self.norm(x).transpose(1, 2).reshape(x.shape[0], WIDTH, 6, 6).mean((2, 3))
+
+
 def inputs(family: str, batch: int) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(batch)
     x = torch.randn(batch, PATCHES, 12)
@@ -98,3 +108,34 @@ def inputs(family: str, batch: int) -> tuple[torch.Tensor, ...]:
     mask = torch.ones(batch, PATCHES, dtype=torch.bool)
     mask[-1, 20:] = False
     return x, mask
+
+
+def merge_one(x: Any, size: Any, metric: Any, count: int, protected: int, mask: Any) -> tuple[Any, ...]:
+    """The paper's matching of one sample, token by token: tokens, sizes, mask, and where each token went."""
+    tokens = len(x)
+    sources = [t for t in range(0, tokens, 2) if t >= protected]
+    goals = [t for t in range(1, tokens, 2) if t >= protected]
+    best = []
+    for s in sources:
+        options = [(float(metric[s] @ metric[g]), g) for g in goals if mask is None or mask[s] == mask[g]]
+        if options:
+            score, goal = max(options, key=lambda o: (o[0], -o[1]))
+            best.append((score, s, goal))
+    count = min(count, (tokens - protected) // 2, len(sources) - (mask is not None))
+    chosen = sorted(best, key=lambda b: (-b[0], b[1]))[:count]
+    into: dict[int, list[int]] = {}
+    for _, s, g in chosen:
+        into.setdefault(g, []).append(s)
+    gone = {s for _, s, _ in chosen}
+    rows, sizes, masks, places = [], [], [], [0] * tokens
+    for t in range(tokens):
+        if t in gone:
+            continue
+        group = [t, *into.get(t, [])]
+        for member in group:
+            places[member] = len(rows)
+        total = size[group].sum()
+        rows.append((x[group] * size[group][:, None]).sum(0) / total)
+        sizes.append(total)
+        masks.append(mask[t] if mask is not None else torch.tensor(True))
+    return torch.stack(rows), torch.stack(sizes), torch.stack(masks), places

@@ -36,7 +36,7 @@ class Merge:
         tensors: of the parameters: inputs, then outputs.
         input, size, metric: walks of [batch, tokens(, features)].
         valid: the walk of [batch, tokens], None without padding.
-        outputs: position of the parameter for tokens, sizes, places; None if nobody reads it.
+        outputs: positions of the parameters for the four results; None for one that nobody reads.
         batch: number of samples.
         tokens: before.
         left: after.
@@ -50,7 +50,7 @@ class Merge:
     size: Access
     metric: Access
     valid: Access | None
-    outputs: tuple[int | None, int | None, int | None]
+    outputs: tuple[int | None, ...]
     batch: sympy.Expr
     tokens: int
     left: int
@@ -306,7 +306,10 @@ class _Emitter:
         if m.outputs[1] is not None:
             self.memory.store(b, m.outputs[1], left + p, load(scratch["total"], left + p))
         fill_in = Block(1)
-        place = fill_in.let(left + tirx.Cast("int64", load(scratch["place"], tokens + t)))
+        own = fill_in.let(tirx.Cast("int64", load(scratch["place"], tokens + t)))
+        if m.outputs[3] is not None:
+            self.memory.store(fill_in, m.outputs[3], tokens + t, own)
+        place = fill_in.let(left + own)
         at = fill_in.let(load(scratch["next"], place))
         fill_in.statements += [
             store(scratch["member"], tokens + tirx.Cast("int64", at), tirx.Cast("int32", t)),

@@ -121,6 +121,6 @@ def _merge(region: Region, root: fx.Node, parts: dict[fx.Node, Any]) -> merge.Me
     tensors = [*(n.meta["val"] for n in region.inputs), *_outputs(region)]
     return merge.Merge(
         tensors, _walk(region, given["input"]), _walk(region, given["size"]), _walk(region, given["metric"]), valid,
-        (position.get(0), position.get(1), position.get(2)), expression(batch), tokens, left, features, compared,
+        tuple(map(position.get, range(4))), expression(batch), tokens, left, features, compared,
         tuple(sorted({p % tokens for p in given["protected"]})),
     )  # fmt: skip

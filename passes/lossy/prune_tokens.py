@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import fx
@@ -15,8 +16,10 @@ from ..nodes import arguments
 from ..program import Program
 from ..shorten import Shortening, Stopped
 from ..tokens import Site, Tokens, find_tokens, leading, masked, valid_tokens
+from .settings import first_within
 
 aten = torch.ops.aten
+DEFAULT = 0.7
 SCORES = ("cls", "last_query", "received", "norm")
 
 
@@ -35,21 +38,40 @@ class PruneTokens(Pass):
     Assumes that no later operator needs all tokens. Gives up what the dropped ones would have added.
 
     Attributes:
-        keep: share of the tokens that are not protected, or their number.
+        keep: share of the tokens that are not protected, or their number. None is 0.7; with a quality budget it is
+            the smallest share within the budget.
+        flops: in place of keep, the share of the program's operations that may be left.
         layers: attention layers after which tokens are dropped; None takes those at a quarter, half and three quarters.
         score: see above.
+        fuse_rest: whether the dropped tokens, added up by their scores, stay as one more (EViT).
     """
 
     name: ClassVar[str] = "prune-tokens"
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
 
-    keep: float | int = 0.7
+    keep: float | int | None = None
+    flops: float | None = None
     layers: tuple[int, ...] | None = None
     score: str = "cls"
+    fuse_rest: bool = False
+
+    def space(self, program: Program, ctx: Context) -> Iterable[Self]:
+        """Shares to keep, from most tokens to few."""
+        given = self.keep is not None or self.flops is not None
+        yield from [self] if given else [replace(self, keep=k / 10) for k in range(9, 1, -1)]
 
     def run(self, program: Program, ctx: Context) -> int | Refusal:
         """Rewrite `program`."""
-        tokens = find_tokens(program, in_order=True)
+        if self.flops is not None:
+            if self.keep is not None:
+                return Refusal("keep and flops are given, one of them would do")
+            settings = [replace(self, keep=k / 50, flops=None) for k in range(49, 0, -1)]
+            chosen = first_within(self.flops, settings, program, ctx)
+            return chosen if isinstance(chosen, Refusal) else chosen.run(program, ctx)
+        return self._prune(program) if self.keep is not None else replace(self, keep=DEFAULT).run(program, ctx)
+
+    def _prune(self, program: Program) -> int | Refusal:
+        tokens = find_tokens(program, in_order=not self.fuse_rest)
         if isinstance(tokens, Refusal):
             return tokens
         count = len(tokens.sites)
@@ -69,8 +91,11 @@ class PruneTokens(Pass):
     def _reason_against(self, tokens: Tokens, layers: Any) -> str | None:
         if self.score not in SCORES:
             return f"no score is called {self.score!r}; there are {', '.join(SCORES)}"
+        if self.fuse_rest and self.score == "norm":
+            return "lengths of features are no weights by which dropped tokens could be added up"
         if any(not 0 <= layer < len(tokens.sites) for layer in layers):
             return f"layers {layers} of {len(tokens.sites)} attention layers"
+        assert self.keep is not None
         if (isinstance(self.keep, float) and not 0 < self.keep <= 1) or (self.keep < 1 and isinstance(self.keep, int)):
             return f"{self.keep} of the tokens cannot be kept"
         if self.score == "cls" and 0 not in tokens.protected:
@@ -94,6 +119,7 @@ class _Pruning:
         if self.knobs.score == "last_query" and length - 1 not in protected:
             protected.append(length - 1)
         keep, free = self.knobs.keep, length - len(protected)
+        assert keep is not None
         chosen = math.ceil(keep * free) if isinstance(keep, float) else int(keep)
         if chosen > free:
             raise Stopped(at, f"{chosen} tokens to keep of {free}, {len(protected)} are protected")
@@ -103,9 +129,25 @@ class _Pruning:
         if valid is not None:
             score = program.call(aten.where.ScalarOther, valid, score, -1.0, before=before)
         kept = program.call(ops.best_tokens(), score, chosen, protected, before=before)
-        new = program.call(ops.take(), at, 1, kept, before=before)
+        new, whole = program.call(ops.take(), at, 1, kept, before=before), True
+        if self.knobs.fuse_rest and chosen < free:
+            (new, kept), whole = self._with_rest(at, new, kept, score, before), False
         Shortening(program, self.tokens.axes, self.tokens.axis, self.tokens.activations,
-                   leading(self.tokens.protected), at, new, kept, True, length - 1 in protected).apply()  # fmt: skip
+                   leading(self.tokens.protected), at, new, kept, in_order=whole,
+                   keeps_last=whole and length - 1 in protected).apply()  # fmt: skip
+
+    def _with_rest(self, at: fx.Node, new: fx.Node, kept: fx.Node, score: fx.Node,
+                   before: fx.Node) -> tuple[fx.Node, fx.Node]:  # fmt: skip
+        """One more token: the dropped ones, added up by score. It takes the place of the best of them."""
+        call, dtype = self.program.call, at.meta["val"].dtype
+        dropped = call(aten.scatter.value, score, 1, kept, float("-inf"), before=before)
+        place = call(aten.argmax.default, dropped, 1, True, before=before)  # of padding, if nothing else is dropped
+        weight = call(aten.clamp_min.default, dropped, 0.0, before=before)
+        if weight.meta["val"].dtype is not dtype:
+            weight = call(aten._to_copy.default, weight, before=before, dtype=dtype)
+        rest = call(aten.matmul.default, call(aten.unsqueeze.default, weight, 1, before=before), at, before=before)
+        cat = aten.cat.default
+        return call(cat, [new, rest], 1, before=before), call(cat, [kept, place], 1, before=before)
 
     def _score(self, site: Site, before: fx.Node) -> fx.Node:
         """[batch, tokens] float32."""

@@ -43,8 +43,8 @@ def merging(count: int, protected: list[int]) -> Callable[..., Any]:
 def check_merge(function: Callable[..., Any], *args: torch.Tensor, bits: int = 256) -> None:
     wanted = function(*args)
     exact = function(args[0].double(), *args[1:])[0]
-    for tokens, sizes, places in run(function, *args, bits=bits):
-        assert torch.equal(places, wanted[2])
+    for tokens, sizes, places, where in run(function, *args, bits=bits):
+        assert torch.equal(places, wanted[2]) and torch.equal(where, wanted[3])
         assert torch.equal(sizes, wanted[1])
         compare(tokens, wanted[0], exact)
 
@@ -89,7 +89,7 @@ def test_protected_tokens_stay_alone(protected: list[int]) -> None:
     x, size = torch.randn(2, 17, 9), torch.ones(2, 17)
     function = merging(17, protected)
     check_merge(function, x, size, torch.randn(2, 17, 9))
-    _, sizes, places = function(x, size, torch.randn(2, 17, 9))
+    _, sizes, places, _ = function(x, size, torch.randn(2, 17, 9))
     for place in protected:
         assert (sizes[places == place] == 1).all() and (places == place).sum() == 2
 
@@ -114,7 +114,7 @@ def test_any_batch_and_strides() -> None:
 
 def test_results_that_nobody_reads() -> None:
     x, metric = torch.randn(2, 10, 6), torch.randn(2, 10, 6)
-    for k in range(3):
+    for k in range(4):
         found = run(lambda *a, k=k: merging(3, [0])(*a)[k], x, torch.ones(2, 10), metric)
         wanted = merging(3, [0])(x, torch.ones(2, 10), metric)[k]
         for (ours,) in found:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,11 @@ from torchlathe.passes.verify import reason_against
 HOST = targets.get("cpu")
 
 
+def noise(shape: torch.Size) -> torch.Tensor:
+    """The same numbers each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
 @dataclass(frozen=True)
 class Scale(Pass):
     """Multiplies the result by a number: as lossy as one likes."""
@@ -39,8 +44,8 @@ class Scale(Pass):
         (result,) = program.outputs
         changed = program.call(torch.ops.aten.mul.Tensor, result, self.by, before=output)
         if self.noise:
-            noise = program.weight("noise", self.noise * torch.randn(result.meta["val"].shape))
-            changed = program.call(torch.ops.aten.add.Tensor, changed, noise, before=output)
+            added = program.weight("noise", self.noise * noise(result.meta["val"].shape))
+            changed = program.call(torch.ops.aten.add.Tensor, changed, added, before=output)
         output.args = ((changed,),)
         return 1
 
@@ -146,6 +151,31 @@ def test_exact_rewrites_after_a_lossy_one_are_held_to_its_answers(by: float, kep
         _, steps = run_passes(program, [Scale(by=1.5), Round(by=by), Scale(noise=0.1)], Context(HOST), judge)
     assert [s.kept for s in steps] == [True, kept, True]
     assert steps[2].quality < 1.0  # scored against the original, not against what Scale made of it
+
+
+@dataclass(frozen=True)
+class Blur(Scale):
+    """Scale with settings of growing noise."""
+
+    name: ClassVar[str] = "blur-result"
+
+    def space(self, program: Program, ctx: Context) -> Iterator[Scale]:
+        yield from (Blur(noise=k / 20) for k in range(1, 9))
+
+
+@pytest.mark.parametrize("drop", [0.02, 0.1])
+def test_the_strongest_setting_within_the_budget_is_taken(drop: float) -> None:
+    def found(noise: float) -> float:
+        return float(decided(Scale(noise=noise)).quality)
+
+    step = decided(Blur(), Quality(max_drop=drop))
+    best = max(k / 20 for k in range(1, 9) if 1 - found(k / 20) <= drop)
+    assert step.kept and step.setting == f"noise={best!r}" and f"noise={best!r}" in step.outcome
+
+
+def test_no_setting_within_the_budget() -> None:
+    step = decided(Blur(), Quality(max_drop=1e-6))
+    assert not step.kept and "quality drops" in step.reason
 
 
 def test_a_choice_between_near_equals_may_turn() -> None:

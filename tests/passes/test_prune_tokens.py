@@ -16,6 +16,7 @@ from torchlathe.passes import ops
 from torchlathe.passes.base import Context, Refusal
 from torchlathe.passes.capture import capture
 from torchlathe.passes.lossy.prune_tokens import PruneTokens
+from torchlathe.passes.lossy.settings import operations
 from torchlathe.passes.program import Program
 from torchlathe.passes.verify import well_formed
 
@@ -31,7 +32,7 @@ def pruned(model: nn.Module, args: tuple[torch.Tensor, ...], **knobs: Any) -> Pr
 
 
 def by_formula(model: Encoder, x: torch.Tensor, keep: float, layers: tuple[int, ...], score: str,
-               mask: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+               mask: torch.Tensor | None = None, rest: bool = False) -> torch.Tensor:  # fmt: skip
     """Sample by sample, with the attention's probabilities spelled out."""
     results = []
     for b in range(len(x)):
@@ -51,7 +52,10 @@ def by_formula(model: Encoder, x: torch.Tensor, keep: float, layers: tuple[int, 
                 free = [t for t in range(y.shape[1]) if t >= model.extra]
                 best = sorted(free, key=lambda t: -float(worth[t]))[: math.ceil(keep * len(free))]
                 kept = sorted([*range(model.extra), *best])
-                y, own = y[:, kept], None if own is None else own[:, kept]
+                gone = [t for t in free if t not in best and (own is None or own[0, t])]
+                place = [max(gone, key=lambda t: float(worth[t]))] if rest and gone else []
+                fused = sum(worth[t] * y[:, t : t + 1] for t in gone) if place else y[:, :0]
+                y, own = torch.cat([y[:, kept], fused], 1), None if own is None else own[:, [*kept, *place]]
             y = block.feed(y)
         results.append(model.finish(y, None, own))
     return torch.cat(results)
@@ -69,6 +73,21 @@ def test_equals_the_formula(family: str, score: str, keep: float, batch: int) ->
     program = pruned(model, args, keep=keep, layers=(1, 2), score=score)
     wanted = by_formula(model, args[0], keep, (1, 2), score, *args[1:])
     torch.testing.assert_close(program(*args), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("family", "score"), [("plain", "cls"), ("scaled", "received"), ("post-norm", "received")])
+@torch.no_grad()
+def test_what_is_dropped_is_added_up(family: str, score: str) -> None:
+    model, args = Encoder(family).eval(), inputs(family, 3)
+    program = pruned(model, args, keep=0.5, layers=(1, 2), score=score, fuse_rest=True)
+    wanted = by_formula(model, args[0], 0.5, (1, 2), score, *args[1:], rest=True)
+    torch.testing.assert_close(program(*args), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_share_of_the_operations_is_reached() -> None:
+    model, args = Encoder("plain").eval(), inputs("plain", 1)
+    whole = operations(capture(model, args))
+    assert 0.65 * whole < operations(pruned(model, args, flops=0.7)) <= 0.7 * whole
 
 
 @torch.no_grad()
@@ -128,6 +147,7 @@ def test_a_causal_model_keeps_positions_and_its_last_token(flag: bool) -> None:
 
 @pytest.mark.parametrize(("knobs", "reason"), [
     ({"keep": 0.0}, "cannot be kept"), ({"keep": 1.5}, "cannot be kept"), ({"keep": PATCHES + 1}, "to keep of"),
+    ({"score": "norm", "fuse_rest": True}, "no weights"), ({"flops": 0.7, "keep": 0.5}, "one of them"),
     ({"layers": (DEPTH,)}, "attention layers"), ({"score": "luck"}, "no score"),
 ])  # fmt: skip
 def test_impossible_knobs_are_refused(knobs: dict[str, Any], reason: str) -> None:
