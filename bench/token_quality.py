@@ -1,6 +1,6 @@
 """What reducing tokens costs in quality on real text, and what it gains: all-MiniLM-L6-v2 with its real weights.
 
-    python bench/token_quality.py [--passages N] [--merge R ...] [--prune KEEP ...] [--markdown FILE]
+    python bench/token_quality.py [--passages N] [--merge R ...] [--features R ...] [--prune KEEP ...] [--markdown FILE]
 
 Passages of 256 tokens from the standard library's documentation are embedded by the exact executable and by reduced
 ones. Quality is Spearman's rank correlation of the similarities of all pairs with the original model's: what a search
@@ -89,14 +89,16 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description="quality and speed of token reduction on MiniLM")
     parser.add_argument("--passages", type=int, default=96)
-    parser.add_argument("--merge", type=int, nargs="*", default=[8, 16, 24, 32, 40])
-    parser.add_argument("--prune", type=float, nargs="*", default=[0.9, 0.7, 0.5])
+    parser.add_argument("--merge", type=int, nargs="*", default=[16, 24, 32], help="by similar keys")
+    parser.add_argument("--features", type=int, nargs="*", default=[16, 22, 28], help="merge by similar features")
+    parser.add_argument("--prune", type=float, nargs="*", default=[0.9, 0.7])
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of sampling")
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     model, batches = load(options.passages)
     cases: dict[str, list[Any]] = {"exact": ["default"]}
     rewrites: list[tuple[str, Pass]] = [(f"merge {r}", MergeTokens(r=r)) for r in options.merge]
+    rewrites += [(f"merge {r}, features", MergeTokens(r=r, metric="features")) for r in options.features]
     rewrites += [(f"prune {k}", PruneTokens(keep=k, score="received")) for k in options.prune]
     cases |= {name: ["default", rewrite] for name, rewrite in rewrites}
     wanted, runs, quality = similarities(model, batches), {}, {}

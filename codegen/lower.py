@@ -65,8 +65,13 @@ def lower(
 
 
 def lower_unmeasured(program: Program, target: Target) -> list[Choice]:
-    """Kernels chosen without timing: prepacked linear and convolution where possible, eager elsewhere."""
+    """Kernels chosen without timing: our own for operators of our own, prepacked linear and convolution, eager."""
     rivals: list[Backend] = [OnednnBackend(program)] if target.device == "cpu" else []
+    if rivals and importlib.util.find_spec("tvm") is not None:
+        from .tvm.backend import TvmBackend
+        from .tvm.token_family import TokenFamily
+
+        rivals.append(TvmBackend(program, families=(TokenFamily(),)))
     eager, choices = EagerBackend(), []
     for region in partition(program, rivals, target):
         kernel = eager.lower(region, target, Schedule())

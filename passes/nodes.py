@@ -38,6 +38,12 @@ def erase_unused(node: fx.Node) -> None:
             node.graph.erase_node(node)
 
 
+def erase_dead(graph: fx.Graph) -> None:
+    """Erase all pure calls that nothing reads."""
+    for node in reversed(list(graph.nodes)):
+        erase_unused(node)
+
+
 def is_pure(node: fx.Node) -> bool:
     """Whether the node can be dropped, repeated or evaluated early: no side effect and no randomness."""
     op = node.target

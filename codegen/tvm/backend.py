@@ -76,7 +76,6 @@ class Family(Protocol):
         ...
 
 
-# the first that claims a region plans it
 FAMILIES: tuple[Family, ...] = (
     AttentionFamily(), ConvFamily(), MatmulFamily(), WindowFamily(), GroupNormFamily(), TokenFamily(),
     RowFamily(),
@@ -89,10 +88,12 @@ class TvmBackend:
 
     Args:
         program: where constant weights are found; without it every operand is taken at run time.
+        families: kinds of kernels; the first that claims a region plans it.
     """
 
     program: Program | None = None
     name: str = "tvm"
+    families: tuple[Family, ...] = FAMILIES
     _compiled: dict[tuple[str, str], tuple[Any, Callable[..., None], str]] = field(default_factory=dict, repr=False)
 
     def absorbs(self, node: fx.Node) -> bool:
@@ -157,11 +158,16 @@ class TvmBackend:
         return self._plan(region, target).constants(schedule, target)
 
     def _named(self, region: Region) -> str:
-        family = next(f for f in FAMILIES if f.claims(region))
-        return f"{family.name}_" + "_".join(dict.fromkeys(_short(n) for n in region.nodes))[:80]
+        return f"{self._family(region).name}_" + "_".join(dict.fromkeys(_short(n) for n in region.nodes))[:80]
 
     def _plan(self, region: Region, target: Target) -> Lowering:
-        return next(f for f in FAMILIES if f.claims(region)).plan(region, self.program, target)
+        return self._family(region).plan(region, self.program, target)
+
+    def _family(self, region: Region) -> Family:
+        found = next((f for f in self.families if f.claims(region)), None)
+        if found is None:
+            raise Unsupported("no family of kernels claims it")
+        return found
 
 
 def _short(node: fx.Node) -> str:

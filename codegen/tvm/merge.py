@@ -18,7 +18,7 @@ from tvm import tirx
 from ...passes import token_ops
 from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, serial, take
 from .layout import Access, Sizes
-from .math import Block, assign, on_stack, read, register
+from .math import Block, assign, horizontal, on_stack, read, register
 from .ranking import MASKED, Scratch, load, mark_best, store
 from .tile import split
 
@@ -74,6 +74,11 @@ class Merge:
         return -(-self.odd // (WIDE * VECTORS)) * WIDE * VECTORS
 
     @property
+    def pitch(self) -> int:
+        """Elements from one feature of the odd tokens to the next: no power of two, which would share cache sets."""
+        return self.padded + WIDE
+
+    @property
     def flops(self) -> int:
         """Floating point operations of one call, 0 if the batch is symbolic."""
         if not self.batch.is_Integer:
@@ -92,8 +97,9 @@ def function(merge: Merge, name: str, lanes: int, threaded: bool) -> Any:
 class _Emitter:
     """Emits the loops; scratch buffers hold for each sample:
 
-    odd [compared, padded], inverse [tokens] of the metric's lengths, kind [tokens] (-1 protected, 0 padding, 1 other),
-    best and partner [even], gone [even], place [tokens], total and start [left], next and member [tokens].
+    odd [compared, pitch] and row [even, compared] of the metric, inverse [tokens] of its lengths, kind [tokens] (-1
+    protected, 0 padding, 1 other), best and partner [even], gone [even], place [tokens], total and start [left], next
+    and member [tokens].
     """
 
     merge: Merge
@@ -108,7 +114,8 @@ class _Emitter:
         m, b = self.merge, Block(1)
         batch = b.let(self.sizes.tir(m.batch))
         for name, dtype, count in (
-            ("odd", "float32", m.compared * m.padded), ("inverse", "float64", m.tokens), ("kind", "int32", m.tokens),
+            ("odd", "float64", m.compared * m.pitch), ("row", "float64", m.compared * m.even),
+            ("inverse", "float64", m.tokens), ("kind", "int32", m.tokens),
             ("best", "float32", m.even), ("partner", "int32", m.even), ("gone", "int32", m.even),
             ("place", "int32", m.tokens), ("total", "float32", m.left), ("start", "int32", m.left + 1),
             ("next", "int32", m.left), ("member", "int32", m.tokens),
@@ -134,7 +141,7 @@ class _Emitter:
 
     def _measure(self, sample: Any, token: Any) -> list[Any]:
         """Of one token: its kind, the inverse length of its metric, and its metric's column if its place is odd."""
-        m, b, step = self.merge, Block(1), Block(1)
+        m, b = self.merge, Block(1)
         at = b.let(sample * integer(m.tokens) + token)
         kind: Any = tirx.const(1, "int32")
         if m.valid is not None:
@@ -143,19 +150,39 @@ class _Emitter:
         for place in m.protected:
             kind = tirx.Select(tirx.EQ(token, integer(place)), tirx.const(-1, "int32"), kind)
         b.statements.append(store(self.scratch["kind"], at, kind))
-        square, d = register("float64"), tirx.Var("d", "int64")
-        b.statements += [on_stack(square), assign(square, tirx.const(0.0, "float64"))]
-        x = self._value(step, m.metric, sample, token, d)
-        exact = step.let(tirx.Cast("float64", x))
-        step.statements.append(assign(square, read(square) + exact * exact))
-        column = (sample * integer(m.compared) + d) * integer(m.padded) + tirx.floordiv(token, integer(2))
+        wide, rest = register(f"float64x{WIDE}"), register("float64")
+        b.statements += [on_stack(wide), assign(wide, Block(WIDE).const(0.0, "float64")),
+                         on_stack(rest), assign(rest, Block(1).const(0.0, "float64"))]  # fmt: skip
+        copies = [tirx.SeqStmt(self._copy(sample, token, odd, wide, rest)) for odd in (True, False)]
         odd = tirx.EQ(tirx.floormod(token, integer(2)), integer(1))
-        step.statements.append(tirx.IfThenElse(odd, store(self.scratch["odd"], column, x), None))
-        b.statements.append(serial(d, integer(m.compared), step.statements))
+        b.statements.append(tirx.IfThenElse(odd, *copies))
+        statements, total = horizontal("sum", read(wide), WIDE)
+        b.statements += statements
         least = tirx.const(float(torch.finfo(torch.float32).tiny), "float64")
-        length = b.let(tirx.max(tirx.sqrt(read(square)), least))
+        length = b.let(tirx.max(tirx.sqrt(b.let(total + read(rest))), least))
         b.statements.append(store(self.scratch["inverse"], at, tirx.Div(tirx.const(1.0, "float64"), length)))
         return b.statements
+
+    def _copy(self, sample: Any, token: Any, odd: bool, wide: Any, rest: Any) -> list[Any]:
+        """Store a token's metric as a column (odd places) or a row, and add its squares up."""
+        m, statements = self.merge, list[Any]()
+        half, step = tirx.floordiv(token, integer(2)), self.sizes.tir(m.metric.strides[-1])
+        for first, lanes, count, total in ((0, WIDE, m.compared // WIDE, wide),
+                                           (m.compared // WIDE * WIDE, 1, m.compared % WIDE, rest)):  # fmt: skip
+            d, b = tirx.Var("d", "int64"), Block(lanes)
+            feature = integer(first) + d * integer(lanes)
+            x = self.memory.load(b, m.metric.buffer, self.sizes.offset(m.metric, (sample, token, feature)), step)
+            exact = b.let(tirx.Cast(b.dtype("float64"), x))
+            b.statements.append(assign(total, read(total) + exact * exact))
+            if odd:
+                at = (sample * integer(m.compared) + feature) * integer(m.pitch) + half
+                index = at if lanes == 1 else tirx.Ramp(at, integer(m.pitch), lanes)
+                b.statements.append(tirx.BufferStore(self.scratch["odd"], exact, [index]))
+            else:
+                at = (sample * integer(m.even) + half) * integer(m.compared) + feature
+                put(b, self.scratch["row"], at, exact)
+            statements.append(serial(d, integer(count), b.statements))
+        return statements
 
     def _compare(self, sample: Any, tile: Any) -> list[Any]:
         """Of some even tokens: the most similar odd one."""
@@ -186,11 +213,11 @@ class _Emitter:
         for total in itertools.chain(*sums):
             start.statements += [on_stack(total), assign(total, start.const(0.0, "float64"))]
         inner, one = Block(WIDE), Block(1)
-        base = one.let((sample * integer(m.compared) + d) * integer(m.padded) + first)
-        stored = [take(inner, self.scratch["odd"], base + integer(v * WIDE)) for v in range(VECTORS)]
-        columns = [inner.let(tirx.Cast(inner.dtype("float64"), x)) for x in stored]
+        base = one.let((sample * integer(m.compared) + d) * integer(m.pitch) + first)
+        columns = [inner.let(take(inner, self.scratch["odd"], base + integer(v * WIDE))) for v in range(VECTORS)]
         for row, totals in zip(rows, sums, strict=True):
-            x = inner.spread(one.let(tirx.Cast("float64", self._value(one, m.metric, sample, row * integer(2), d))))
+            at = (sample * integer(m.even) + row) * integer(m.compared) + d
+            x = inner.spread(one.let(load(self.scratch["row"], at)))
             for total, column in zip(totals, columns, strict=True):
                 inner.statements.append(assign(total, read(total) + x * column))
         loop = serial(d, integer(m.compared), [*one.statements, *inner.statements])

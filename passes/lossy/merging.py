@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from .. import ops
-from ..nodes import arguments, expression, operator_name
+from ..nodes import arguments, erase_dead, expression, operator_name
 from ..program import Program
 from ..shorten import Shortening, Stopped, contains
 from ..tokens import Site, Tokens, leading, masked, valid_tokens
@@ -85,7 +85,7 @@ class Merging:
 
     def weigh(self) -> None:
         """Attention counts a merged token as often as it stands for; so do means and sums over the tokens."""
-        current = None
+        current: fx.Node | None = None
         starts = dict(self.sizes)
         for node in list(self.program.graph.nodes):
             current = starts.get(node, current)
@@ -96,6 +96,7 @@ class Merging:
                 self._bias(node, current)
             elif name in REDUCTIONS and self._reduces_merged(node, current):
                 self._weighted(node, name, current)
+        erase_dead(self.program.graph)
 
     def _reduces_merged(self, node: fx.Node, size: fx.Node) -> bool:
         mixed = any(contains(d, self.tokens.axis) for d in self.tokens.axes.mixed(node))

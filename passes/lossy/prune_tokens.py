@@ -12,7 +12,7 @@ from torch import fx
 
 from .. import ops
 from ..base import Context, Fidelity, Pass, Refusal
-from ..nodes import arguments
+from ..nodes import arguments, erase_dead
 from ..program import Program
 from ..shorten import Shortening, Stopped
 from ..tokens import Site, Tokens, find_tokens, leading, masked, valid_tokens
@@ -86,6 +86,7 @@ class PruneTokens(Pass):
                 edit.prune(tokens.sites[layer])
         except Stopped as stop:
             return Refusal.at(stop.node, str(stop))
+        erase_dead(program.graph)
         return len(layers)
 
     def _reason_against(self, tokens: Tokens, layers: Any) -> str | None:
