@@ -139,3 +139,23 @@ def merge_one(x: Any, size: Any, metric: Any, count: int, protected: int, mask: 
         sizes.append(total)
         masks.append(mask[t] if mask is not None else torch.tensor(True))
     return torch.stack(rows), torch.stack(sizes), torch.stack(masks), places
+
+
+def merged_by_formula(
+    model: Encoder, x: torch.Tensor, counts: list[int], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The paper's algorithm, token by token."""
+    x = model.begin(x)
+    size = torch.ones(x.shape[:2])
+    for block, count in zip(model.blocks, counts, strict=True):
+        bias = size.log()[:, None, None]
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None, None], float("-inf"))
+        x, keys = block.after_attention(x, bias)
+        metric = F.normalize(keys.mean(1), dim=-1)
+        found = [merge_one(x[b], size[b], metric[b], count, model.extra, None if mask is None else mask[b])
+                 for b in range(x.shape[0])]  # fmt: skip
+        x, size = (torch.stack([f[k] for f in found]) for k in (0, 1))
+        mask = None if mask is None else torch.stack([f[2] for f in found])
+        x = block.feed(x)
+    return model.finish(x, size, mask)

@@ -16,7 +16,6 @@ from torchlathe.passes import ops
 from torchlathe.passes.base import Context, Refusal
 from torchlathe.passes.capture import capture
 from torchlathe.passes.lossy.prune_tokens import PruneTokens
-from torchlathe.passes.lossy.settings import operations
 from torchlathe.passes.program import Program
 from torchlathe.passes.verify import well_formed
 
@@ -82,12 +81,6 @@ def test_what_is_dropped_is_added_up(family: str, score: str) -> None:
     program = pruned(model, args, keep=0.5, layers=(1, 2), score=score, fuse_rest=True)
     wanted = by_formula(model, args[0], 0.5, (1, 2), score, *args[1:], rest=True)
     torch.testing.assert_close(program(*args), wanted, atol=1e-5, rtol=1e-5)
-
-
-def test_a_share_of_the_operations_is_reached() -> None:
-    model, args = Encoder("plain").eval(), inputs("plain", 1)
-    whole = operations(capture(model, args))
-    assert 0.65 * whole < operations(pruned(model, args, flops=0.7)) <= 0.7 * whole
 
 
 @torch.no_grad()
