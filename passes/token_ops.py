@@ -15,7 +15,7 @@ MERGE = (
     "merge_tokens(Tensor input, Tensor size, Tensor metric, int count, int[] protected, Tensor? valid=None)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
-BEST = "best_tokens(Tensor score, int count, int[] protected) -> Tensor"
+BEST = "best_tokens(Tensor score, int count, int[] protected, int divisor=0) -> Tensor"
 APART = -2.0  # the similarity of tokens that may not merge: below every cosine, above that of protected tokens
 
 
@@ -111,15 +111,29 @@ def merge_shapes(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
     return input.new_empty(batch, left, features), size.new_empty(batch, left), kept, places
 
 
-def best_tokens(score: torch.Tensor, count: int, protected: Sequence[int]) -> torch.Tensor:
-    """Places of the `count` tokens of the highest score, and of protected ones, in order: [batch, chosen]."""
+def chosen(tokens: Any, count: int, protected: Sequence[int], divisor: int) -> Any:
+    """How many of so many tokens are chosen: `count`, or this part of a `divisor` of those that are not protected."""
+    free = tokens - len(protected)
+    wanted = (free * count + divisor - 1) // divisor if divisor else count
+    return torch.sym_min(wanted, free) + len(protected)
+
+
+def best_tokens(score: torch.Tensor, count: int, protected: Sequence[int], divisor: int = 0) -> torch.Tensor:
+    """Places of the tokens of the highest score, and of protected ones, in order: [batch, chosen].
+
+    Args:
+        score: [batch, tokens]; NaN counts as the lowest.
+        count: tokens to choose besides the protected ones, as far as there are so many.
+        protected: places; those below zero are counted from the last token.
+        divisor: choose count / divisor of the tokens that are not protected, rounded up; 0 takes `count` as it is.
+    """
     score = score.to(torch.float32)
     score = torch.where(score.isnan(), -torch.inf, score)
     score[:, list(protected)] = torch.inf
     order = score.sort(dim=1, descending=True, stable=True).indices  # of equal scores the first place wins
-    return order[:, : count + len(protected)].sort(1).values
+    return order[:, : int(chosen(score.shape[1], count, protected, divisor))].sort(1).values
 
 
-def best_shape(score: torch.Tensor, count: int, protected: Sequence[int]) -> torch.Tensor:
+def best_shape(score: torch.Tensor, count: int, protected: Sequence[int], divisor: int = 0) -> torch.Tensor:
     """The shape of `best_tokens`."""
-    return score.new_empty(score.shape[0], torch.sym_min(count + len(protected), score.shape[1]), dtype=torch.int64)
+    return score.new_empty(score.shape[0], chosen(score.shape[1], count, protected, divisor), dtype=torch.int64)

@@ -159,7 +159,7 @@ def _flatten(value: Any) -> Iterator[torch.Tensor]:
 def hint(size: Any) -> int:
     """A size; of a symbolic one that of the example input."""
     if isinstance(size, torch.SymInt):  # reading the hint, unlike int(), adds no guard
-        return int(size.node.hint) if size.node.hashint() else UNKNOWN_SIZE
+        return int(size.node.hint) if size.node.has_hint() else UNKNOWN_SIZE
     return int(size)
 
 

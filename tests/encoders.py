@@ -100,6 +100,25 @@ class Dense(Encoder):
         return self.norm(x).transpose(1, 2).reshape(x.shape[0], WIDTH, 6, 6).mean((2, 3))
 
 
+class Text(Encoder):
+    """A post-norm encoder of texts of any length, with a mask."""
+
+    def __init__(self) -> None:
+        super().__init__("post-norm")
+        self.rows = nn.Embedding(64, WIDTH)
+
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        return self.embed(x) + self.rows(torch.arange(x.shape[1]))
+
+
+def texts(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two texts, one of them padded."""
+    torch.manual_seed(length)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, 1 + length // 2 :] = False
+    return torch.randn(2, length, 12), mask
+
+
 def inputs(family: str, batch: int) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(batch)
     x = torch.randn(batch, PATCHES, 12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,7 +13,7 @@ from torch import fx
 
 from .. import ops
 from ..base import Context, Fidelity, Pass, Refusal
-from ..nodes import arguments, erase_dead
+from ..nodes import arguments, erase_dead, expression
 from ..program import Program
 from ..shorten import Shortening, Stopped
 from ..tokens import Site, Tokens, find_tokens, leading, masked, valid_tokens
@@ -113,29 +114,27 @@ class _Pruning:
     def prune(self, site: Site) -> None:
         """Insert one selection after a site and let all that follows be shorter. Raises Stopped."""
         program, at = self.program, site.at
-        length = at.meta["val"].shape[1]
-        if not isinstance(length, int):
-            raise Stopped(at, "the number of tokens is known at run time only")
-        protected = list(self.tokens.protected)
-        if self.knobs.score == "last_query" and length - 1 not in protected:
-            protected.append(length - 1)
-        keep, free = self.knobs.keep, length - len(protected)
-        assert keep is not None
-        chosen = math.ceil(keep * free) if isinstance(keep, float) else int(keep)
-        if chosen > free:
-            raise Stopped(at, f"{chosen} tokens to keep of {free}, {len(protected)} are protected")
+        length, protected, keep = at.meta["val"].shape[1], list(self.tokens.protected), self.knobs.keep
+        last = self.knobs.score == "last_query"
+        if last and (not isinstance(length, int) or length - 1 not in protected):
+            protected.append(-1)
+        share = Fraction(keep or 0).limit_denominator(1000)
+        count, divisor = (share.numerator, share.denominator) if isinstance(keep, float) else (int(keep or 0), 0)
+        if isinstance(length, int) and not divisor and count > length - len(protected):
+            free = length - len(protected)
+            raise Stopped(at, f"{count} tokens to keep of {free}, {len(protected)} are protected")
         before = at.next
         score = self._score(site, before)
         valid = valid_tokens(program, site, before)
         if valid is not None:
             score = program.call(aten.where.ScalarOther, valid, score, -1.0, before=before)
-        kept = program.call(ops.best_tokens(), score, chosen, protected, before=before)
+        kept = program.call(ops.best_tokens(), score, count, protected, divisor, before=before)
         new, whole = program.call(ops.take(), at, 1, kept, before=before), True
-        if self.knobs.fuse_rest and chosen < free:
+        if self.knobs.fuse_rest and expression(new.meta["val"].shape[1]) != expression(length):
             (new, kept), whole = self._with_rest(at, new, kept, score, before), False
         Shortening(program, self.tokens.axes, self.tokens.axis, self.tokens.activations,
                    leading(self.tokens.protected), at, new, kept, in_order=whole,
-                   keeps_last=whole and length - 1 in protected).apply()  # fmt: skip
+                   keeps_last=whole and last).apply()  # fmt: skip
 
     def _with_rest(self, at: fx.Node, new: fx.Node, kept: fx.Node, score: fx.Node,
                    before: fx.Node) -> tuple[fx.Node, fx.Node]:  # fmt: skip

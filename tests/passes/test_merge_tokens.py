@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoders import DEPTH, PATCHES, Dense, Encoder, inputs, merged_by_formula
+from encoders import DEPTH, PATCHES, Dense, Encoder, Text, inputs, merged_by_formula, texts
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,6 +41,20 @@ def test_equals_the_formula(family: str, batch: int, r: Any) -> None:
     torch.testing.assert_close(
         program(*args), merged_by_formula(model, args[0], counts, *args[1:]), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("r", [4, 12])
+@torch.no_grad()
+def test_lengths_known_at_run_time_only(r: int) -> None:
+    model = Text().eval()
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = capture(model, texts(20), dynamic_shapes=({1: tokens}, {1: tokens}))
+    assert MergeTokens(r=r).run(program, CONTEXT) == DEPTH
+    well_formed(program)
+    for length in (2, 3, 9, 20, 41):  # shorter than the reduction, too: it is clamped
+        args = texts(length)
+        wanted = merged_by_formula(model, args[0], [r] * DEPTH, args[1])
+        torch.testing.assert_close(program(*args), wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

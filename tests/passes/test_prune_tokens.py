@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoders import DEPTH, PATCHES, WIDTH, Encoder, inputs
+from encoders import DEPTH, PATCHES, WIDTH, Encoder, Text, inputs, texts
 from torch import nn
 from torch.nn import functional as F
 
@@ -51,9 +51,9 @@ def by_formula(model: Encoder, x: torch.Tensor, keep: float, layers: tuple[int, 
                 free = [t for t in range(y.shape[1]) if t >= model.extra]
                 best = sorted(free, key=lambda t: -float(worth[t]))[: math.ceil(keep * len(free))]
                 kept = sorted([*range(model.extra), *best])
-                gone = [t for t in free if t not in best and (own is None or own[0, t])]
+                gone = [t for t in free if t not in best]
                 place = [max(gone, key=lambda t: float(worth[t]))] if rest and gone else []
-                fused = sum(worth[t] * y[:, t : t + 1] for t in gone) if place else y[:, :0]
+                fused = sum(worth[t].clamp_min(0) * y[:, t : t + 1] for t in gone) if place else y[:, :0]
                 y, own = torch.cat([y[:, kept], fused], 1), None if own is None else own[:, [*kept, *place]]
             y = block.feed(y)
         results.append(model.finish(y, None, own))
@@ -81,6 +81,21 @@ def test_what_is_dropped_is_added_up(family: str, score: str) -> None:
     program = pruned(model, args, keep=0.5, layers=(1, 2), score=score, fuse_rest=True)
     wanted = by_formula(model, args[0], 0.5, (1, 2), score, *args[1:], rest=True)
     torch.testing.assert_close(program(*args), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rest", [False, True])
+@torch.no_grad()
+def test_lengths_known_at_run_time_only(rest: bool) -> None:
+    model = Text().eval()
+    tokens = torch.export.Dim("tokens", min=2, max=64)
+    program = capture(model, texts(20), dynamic_shapes=({1: tokens}, {1: tokens}))
+    knobs: dict[str, Any] = {"keep": 0.5, "layers": (1, 2), "score": "received", "fuse_rest": rest}
+    assert PruneTokens(**knobs).run(program, CONTEXT) == 2
+    well_formed(program)
+    for length in (4, 9, 20, 41):
+        args = texts(length)
+        wanted = by_formula(model, args[0], 0.5, (1, 2), "received", args[1], rest)
+        torch.testing.assert_close(program(*args), wanted, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
