@@ -30,7 +30,7 @@ def merged(model: nn.Module, args: tuple[torch.Tensor, ...], **knobs: Any) -> Pr
 
 
 @pytest.mark.parametrize("family", ["plain", "scaled", "qk-norm", "post-norm"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("r", [1, 7, 16, (3, 0, 5, 1), (4, -1.0)], ids=str)
 @torch.no_grad()
 def test_equals_the_formula(family: str, batch: int, r: Any) -> None:

@@ -65,7 +65,7 @@ def by_formula(model: Encoder, x: torch.Tensor, keep: float, layers: tuple[int, 
     ("post-norm", "received"), ("post-norm", "norm"),
 ])  # fmt: skip
 @pytest.mark.parametrize("keep", [0.7, 0.3])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
 @torch.no_grad()
 def test_equals_the_formula(family: str, score: str, keep: float, batch: int) -> None:
     model, args = Encoder(family).eval(), inputs(family, batch)
