@@ -26,7 +26,7 @@ from torchlathe.codegen.base import Region
 from torchlathe.codegen.trial import allocate, hold
 from torchlathe.codegen.tvm.backend import TvmBackend
 from torchlathe.passes.capture import capture
-from torchlathe.passes.ops import linear_int4, pack_int4
+from torchlathe.passes.ops import linear_int4, merge_tokens, pack_int4
 from torchlathe.targets.measure import Comparison, Timing, compare_many
 
 Call = Callable[[], Any]
@@ -239,9 +239,25 @@ def windows(seconds: float) -> list[str]:
     return lines
 
 
+def tokens(seconds: float) -> list[str]:
+    """Merging 13 of 197 tokens (matching, choice and means as one kernel) against the operator's meaning in torch."""
+    lines = ["| images, features, compared | ours, us | torch, us | torch / ours |", "|---|---|---|---|"]
+    for batch, features, compared in ((1, 384, 64), (8, 384, 64), (8, 384, 384)):
+        net = Net(lambda _, x, size, metric: merge_tokens()(x, size, metric, 13, [0])[0])
+        args = torch.randn(batch, 197, features), torch.ones(batch, 197), torch.randn(batch, 197, compared)
+        call, _ = ours(net, args, 1e-5)
+        timings = rates({"ours": call, "torch": lambda: net(*args)}, seconds)  # noqa: B023
+        ratio = Comparison.of(timings["ours"], timings["torch"])
+        cells = [f"{timings[k].median * 1e6:.0f}" for k in ("ours", "torch")]
+        lines.append(f"| {batch}, {features}, {compared} | {' | '.join(cells)} "
+                     f"| {ratio.ratio:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) |")  # fmt: skip
+        print(lines[-1], flush=True)
+    return lines
+
+
 SECTIONS: dict[str, Callable[[float], list[str]]] = {
     "peak": peak, "grid": grid, "gelu": lambda seconds: grid(seconds, tail=True), "int8": int8, "bf16": bf16,
-    "attention": attention, "windows": windows, "weights": weights,
+    "attention": attention, "windows": windows, "weights": weights, "tokens": tokens,
 }  # fmt: skip
 
 

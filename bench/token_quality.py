@@ -10,9 +10,7 @@ that ranks by similarity would notice. Speed is measured interleaved, on batches
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
-import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,9 @@ from torchlathe.passes import MergeTokens, PruneTokens
 from torchlathe.passes.base import Pass
 from torchlathe.targets.measure import Comparison, compare_many
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from sentence_embeddings import Embedder, modules
+
 TOKENS, BATCH = 256, 8
 LEAST = 230  # words that make 256 tokens in any prose
 
@@ -32,35 +33,14 @@ LEAST = 230  # words that make 256 tokens in any prose
 def passages(count: int) -> list[str]:
     """Documentation of modules with what is defined in them, one passage for each, in alphabetical order."""
     found: list[str] = []
-    for info in sorted(pkgutil.iter_modules(), key=lambda m: m.name):
-        if info.name not in sys.stdlib_module_names or info.name.startswith(("_", "antigravity", "this", "idlelib")):
-            continue
-        try:
-            module = importlib.import_module(info.name)
-        except ImportError:  # optional parts of the standard library, such as tkinter
-            continue
-        own = [v for v in vars(module).values() if getattr(v, "__module__", None) == info.name]
+    for module in modules():
+        own = [v for v in vars(module).values() if getattr(v, "__module__", None) == module.__name__]
         words = " ".join([module.__doc__ or "", *(inspect.getdoc(v) or "" for v in own)]).split()
         if len(words) >= LEAST:
             found.append(" ".join(words[:400]))
         if len(found) == count:
             break
     return found
-
-
-class Embedder(torch.nn.Module):
-    """The transformer, the mean over real tokens, and the scaling to unit length."""
-
-    def __init__(self, encoder: torch.nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Ids and mask, int64 [batch, tokens], to unit vectors f32 [batch, 384]."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-        return torch.nn.functional.normalize(pooled, dim=-1)
 
 
 def load(count: int) -> tuple[Embedder, list[tuple[torch.Tensor, torch.Tensor]]]:

@@ -23,7 +23,7 @@ import torch
 import torchlathe
 from torchlathe.passes import MergeTokens, PruneTokens
 from torchlathe.passes.base import Pass
-from torchlathe.targets import cost
+from torchlathe.passes.lossy.settings import operations
 from torchlathe.targets.measure import Comparison, compare_many
 
 SIZES = {"vit-s": (197, 384, 12, 1), "vit-b": (197, 768, 12, 1)}  # tokens, width, blocks, class tokens
@@ -63,11 +63,6 @@ def pruned(name: str, keep: float) -> list[int]:
     return found
 
 
-def counted(executable: torchlathe.Executable) -> int:
-    """Operations of a program."""
-    return cost.totals([n for n in executable.program.graph.nodes if n.op == "call_function"])[0]
-
-
 def table(name: str, batch: int, cases: dict[str, tuple[Pass | None, list[int]]], budget: float) -> str:
     """A markdown table, one row for each reduction."""
     torch.manual_seed(0)
@@ -80,7 +75,7 @@ def table(name: str, batch: int, cases: dict[str, tuple[Pass | None, list[int]]]
         verdict = "" if step is None else f", {step.reason or step.refusal or 'kept'}"
         print(f"{case}: {time.perf_counter() - start:.0f} s to compile{verdict}", flush=True)
     seen = compare_many({c: (lambda e=e: e(*args)) for c, e in executables.items()}, budget=budget)
-    width, exact = SIZES[name][1], counted(executables["exact"])
+    width, exact = SIZES[name][1], operations(executables["exact"].program)
     lines = [f"{name}, batch {batch}, float32, {torch.get_num_threads()} threads", "",
              "| reduction | tokens at the end | operations | predicted | speed | 95% interval |",
              "|---|---:|---:|---:|---:|---|"]  # fmt: skip
@@ -88,7 +83,7 @@ def table(name: str, batch: int, cases: dict[str, tuple[Pass | None, list[int]]]
     for case, (_, tokens) in cases.items():
         ratio = Comparison.of(seen["exact"], seen[case])
         wanted = (exact - blocks + batch * predicted(tokens, width)) / exact
-        lines.append(f"| {case} | {tokens[-1]} | {counted(executables[case]) / exact:.3f} | {wanted:.3f} "
+        lines.append(f"| {case} | {tokens[-1]} | {operations(executables[case].program) / exact:.3f} | {wanted:.3f} "
                      f"| {1 / ratio.ratio:.2f} | {1 / ratio.high:.2f} to {1 / ratio.low:.2f} |")  # fmt: skip
     return "\n".join(lines)
 

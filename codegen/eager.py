@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from ..passes.nodes import operator_name
 from ..targets.target import Target
 from .base import Kernel, Region, Schedule
 from .source import Source
@@ -45,5 +46,4 @@ class EagerBackend:
 
 def op_name(node: fx.Node) -> str:
     """Bare operator name of a call, such as ``layer_norm``."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.split("::")[1] if schema is not None else getattr(node.target, "__name__", "call")
+    return operator_name(node) or getattr(node.target, "__name__", "call")

@@ -29,7 +29,7 @@ def backends(program: Program, target: Target, search: bool = False) -> tuple[li
     notes: list[str] = []
     searched: list[Backend] = []
     if target.device == "cpu":
-        if importlib.util.find_spec("tvm") is None:
+        if not _has_tvm():
             notes.append(
                 "tvm is not installed: pointwise and row regions run eagerly; install torchlathe with its dependencies"
             )
@@ -44,6 +44,10 @@ def backends(program: Program, target: Target, search: bool = False) -> tuple[li
         found.append(OnednnBackend(program))
         found += searched
     return found, notes
+
+
+def _has_tvm() -> bool:
+    return importlib.util.find_spec("tvm") is not None
 
 
 def lower(
@@ -67,7 +71,7 @@ def lower(
 def lower_unmeasured(program: Program, target: Target) -> list[Choice]:
     """Kernels chosen without timing: our own for operators of our own, prepacked linear and convolution, eager."""
     rivals: list[Backend] = [OnednnBackend(program)] if target.device == "cpu" else []
-    if rivals and importlib.util.find_spec("tvm") is not None:
+    if rivals and _has_tvm():
         from .tvm.backend import TvmBackend
         from .tvm.token_family import TokenFamily
 

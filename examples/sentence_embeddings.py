@@ -7,10 +7,14 @@ report and the speed against eager PyTorch and against torch.compile, timed in t
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import itertools
 import pkgutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -18,21 +22,18 @@ import torchlathe
 from torchlathe.targets.measure import Comparison, compare_many
 
 
+def modules() -> Iterator[ModuleType]:
+    """The standard library's modules, in alphabetical order."""
+    for info in sorted(pkgutil.iter_modules(), key=lambda m: m.name):
+        if info.name in sys.stdlib_module_names and not info.name.startswith(("_", "antigravity", "this")):
+            with contextlib.suppress(ImportError):  # optional parts, such as tkinter
+                yield importlib.import_module(info.name)
+
+
 def passages(count: int) -> list[str]:
     """Paragraphs of at least 60 words from the docstrings of standard library modules, in alphabetical order."""
-    found: list[str] = []
-    for info in sorted(pkgutil.iter_modules(), key=lambda m: m.name):
-        if info.name not in sys.stdlib_module_names or info.name.startswith(("_", "antigravity", "this")):
-            continue
-        try:
-            text = importlib.import_module(info.name).__doc__ or ""
-        except ImportError:  # optional parts of the standard library, such as tkinter
-            continue
-        if len(text.split()) >= 60:
-            found.append(" ".join(text.split()))
-        if len(found) == count:
-            break
-    return found
+    texts = (" ".join((m.__doc__ or "").split()) for m in modules())
+    return list(itertools.islice((t for t in texts if len(t.split()) >= 60), count))
 
 
 class Embedder(torch.nn.Module):

@@ -19,7 +19,7 @@ from ..codegen.executable import Executable, threads
 from ..codegen.tuner import LEVELS, Tuner
 from ..codegen.versions import versions
 from ..passes.axes import analyse
-from ..passes.base import Context, Fidelity, Pass
+from ..passes.base import Context, Pass
 from ..passes.capture import capture
 from ..passes.errors import InputError, LatheError, UnknownNameError
 from ..passes.program import Program
@@ -127,9 +127,7 @@ def compile_program(
     batches = [pytree.tree_leaves(b) for b in data or ()]
     judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records, original=program,
                   batches=batches)  # fmt: skip
-    best, steps = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
-    if any(s.kept and s.fidelity == Fidelity.LOSSY.value for s in steps):
-        judge = judge.onward(best)  # kernels must give the answers of what they compute
+    best, steps, judge = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
     result, step, notes = lower_and_judge(best, target, judge, tuner, progress)
     result.__dict__["_model"] = original
     report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result, target), notes=notes)
@@ -161,7 +159,7 @@ def explain(
     flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
     with torch.no_grad():
         judge = Judge(flat, program.run(flat), timed=False)
-    best, steps = run_passes(program, rewrites, Context(chosen), judge)
+    best, steps, _ = run_passes(program, rewrites, Context(chosen), judge)
     return Report(type(model).__name__, chosen.name, _device(chosen), steps, graph_before=program.text(),
                   graph_after=best.text(), took=time.perf_counter() - start, versions=versions())  # fmt: skip
 

@@ -34,8 +34,8 @@ def run_passes(
     *,
     limit: int | None = None,
     progress: Callable[[str], None] | None = None,
-) -> tuple[Program, list[Step]]:
-    """Try every pass in order on a fork. Returns the best program and one step per pass.
+) -> tuple[Program, list[Step], Judge]:
+    """Try every pass in order on a fork. Returns the best program, one step per pass, and the judge of what comes next.
 
     `limit=n` stops after n rewrites were kept, so that a wrong one can be found by bisection.
     """
@@ -61,7 +61,7 @@ def run_passes(
                 program = replace(fork, history=(*program.history, rewrite.name))
                 judge = judge.onward(program) if rewrite.fidelity is Fidelity.LOSSY else judge
         steps.append(replace(step, took=time.perf_counter() - start))
-    return program, steps
+    return program, steps, judge
 
 
 def strongest(rewrite: Pass, program: Program, ctx: Context, judge: Judge) -> Pass:

@@ -9,9 +9,9 @@ from typing import ClassVar, Self
 from ..base import Context, Fidelity, Pass, Refusal
 from ..program import Program
 from ..shorten import Stopped
-from ..tokens import find_tokens, leading
-from .merging import Merging
-from .settings import first_within
+from ..tokens import find_tokens
+from .merging import Merging, reason_against
+from .settings import run_within
 
 DEFAULT = 8
 
@@ -72,16 +72,15 @@ class MergeTokens(Pass):
                 return Refusal("r and flops are given, one of them would do")
             most = max(1, (tokens.length - len(tokens.protected)) // 2)
             settings = [replace(self, r=r, flops=None) for r in range(1, most + 1)]
-            chosen = first_within(self.flops, settings, program, ctx)
-            return chosen if isinstance(chosen, Refusal) else chosen.run(program, ctx)
+            return run_within(self.flops, settings, program, ctx)
         if self.metric not in (None, "keys", "features") or (self.restore and self.metric == "keys"):
             return Refusal(f"{self.metric!r} cannot be compared{' before attention' if self.restore else ''}")
         counts = amounts(DEFAULT if self.r is None else self.r, len(tokens.sites))
         if isinstance(counts, str):
             return Refusal(counts)
         kept = tokens.protected if self.protect is None else self.protect
-        if leading(kept) < len(kept):
-            return Refusal(f"tokens {sorted(kept)} are protected, but only those in front keep their places")
+        if (reason := reason_against(kept)) is not None:
+            return Refusal(reason)
         static = isinstance(tokens.sites[0].at.meta["val"].shape[1], int)
         if static and 2 * max(counts) > tokens.length - len(kept):
             return Refusal(f"{max(counts)} of {tokens.length} tokens cannot be merged away, {len(kept)} are protected")

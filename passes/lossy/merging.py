@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,13 @@ from ..tokens import Site, Tokens, leading, masked, valid_tokens
 
 aten = torch.ops.aten
 REDUCTIONS = {"mean", "sum"}
+
+
+def reason_against(protected: Sequence[int]) -> str | None:
+    """Why these tokens cannot be protected: places further behind move when tokens before them merge, by sample."""
+    if leading(protected) == len(protected):
+        return None
+    return f"tokens {sorted(protected)} are protected, but only those in front keep their places"
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Merging:
     """The edits of one run: merge site by site, then weigh what comes after by the sizes of the tokens.
 
     Attributes:
+        protected: the first places of all.
         sizes: (first node that reads merged tokens, node of their sizes), in order.
     """
 
@@ -80,7 +89,7 @@ class Merging:
     def edit(self, at: fx.Node, found: Merged, inside: frozenset[fx.Node] | None = None) -> Shortening:
         """What lets readers of `at` read merged tokens."""
         tokens = self.tokens
-        return Shortening(self.program, tokens.axes, tokens.axis, tokens.activations, leading(self.protected),
+        return Shortening(self.program, tokens.axes, tokens.axis, tokens.activations, len(self.protected),
                           at, found.new, found.kept, inside=inside)  # fmt: skip
 
     def weigh(self) -> None:

@@ -13,8 +13,8 @@ from .. import ops
 from ..base import Context, Fidelity, Pass, Refusal
 from ..program import Program
 from ..shorten import Stopped
-from ..tokens import Tokens, find_tokens, leading
-from .merging import Merged, Merging
+from ..tokens import Tokens, find_tokens
+from .merging import Merged, Merging, reason_against
 
 DEFAULT = 0.5
 
@@ -65,14 +65,14 @@ class PruneAndRestore(Pass):
         left = math.ceil(keep * tokens.length) if isinstance(keep, float) else keep
         if not 0 < left <= tokens.length or left < len(tokens.protected):
             return Refusal(f"{left} of {tokens.length} tokens cannot be kept, {len(tokens.protected)} are protected")
-        if leading(tokens.protected) < len(tokens.protected):
-            return Refusal(f"tokens {tokens.protected} are protected, but only those in front keep their places")
+        if (reason := reason_against(tokens.protected)) is not None:
+            return Refusal(reason)
         if left == tokens.length:
             return 0
         try:
             return self._merge(program, tokens, start, stop, left)
-        except Stopped as reason:
-            return Refusal.at(reason.node, str(reason))
+        except Stopped as stop:
+            return Refusal.at(stop.node, str(stop))
 
     def _merge(self, program: Program, tokens: Tokens, start: int, stop: int, left: int) -> int | Refusal:
         first, last = tokens.sites[start].branch, tokens.sites[stop].branch.start

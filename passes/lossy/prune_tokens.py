@@ -17,7 +17,7 @@ from ..nodes import arguments, erase_dead, expression
 from ..program import Program
 from ..shorten import Shortening, Stopped
 from ..tokens import Site, Tokens, find_tokens, leading, masked, valid_tokens
-from .settings import first_within
+from .settings import run_within
 
 aten = torch.ops.aten
 DEFAULT = 0.7
@@ -67,21 +67,18 @@ class PruneTokens(Pass):
             if self.keep is not None:
                 return Refusal("keep and flops are given, one of them would do")
             settings = [replace(self, keep=k / 50, flops=None) for k in range(49, 0, -1)]
-            chosen = first_within(self.flops, settings, program, ctx)
-            return chosen if isinstance(chosen, Refusal) else chosen.run(program, ctx)
-        return self._prune(program) if self.keep is not None else replace(self, keep=DEFAULT).run(program, ctx)
-
-    def _prune(self, program: Program) -> int | Refusal:
+            return run_within(self.flops, settings, program, ctx)
+        keep = DEFAULT if self.keep is None else self.keep
         tokens = find_tokens(program, in_order=not self.fuse_rest)
         if isinstance(tokens, Refusal):
             return tokens
         count = len(tokens.sites)
         layers = sorted({count // 4, count // 2, 3 * count // 4}) if self.layers is None else self.layers
-        if (reason := self._reason_against(tokens, layers)) is not None:
+        if (reason := self._reason_against(tokens, layers, keep)) is not None:
             return Refusal(reason)
-        if self.keep == 1.0 and isinstance(self.keep, float):
+        if keep == 1.0 and isinstance(keep, float):
             return 0
-        edit = _Pruning(program, tokens, self)
+        edit = _Pruning(program, tokens, self, keep)
         try:
             for layer in layers:
                 edit.prune(tokens.sites[layer])
@@ -90,16 +87,15 @@ class PruneTokens(Pass):
         erase_dead(program.graph)
         return len(layers)
 
-    def _reason_against(self, tokens: Tokens, layers: Any) -> str | None:
+    def _reason_against(self, tokens: Tokens, layers: Any, keep: float | int) -> str | None:
         if self.score not in SCORES:
             return f"no score is called {self.score!r}; there are {', '.join(SCORES)}"
         if self.fuse_rest and self.score == "norm":
             return "lengths of features are no weights by which dropped tokens could be added up"
         if any(not 0 <= layer < len(tokens.sites) for layer in layers):
             return f"layers {layers} of {len(tokens.sites)} attention layers"
-        assert self.keep is not None
-        if (isinstance(self.keep, float) and not 0 < self.keep <= 1) or (self.keep < 1 and isinstance(self.keep, int)):
-            return f"{self.keep} of the tokens cannot be kept"
+        if (isinstance(keep, float) and not 0 < keep <= 1) or (keep < 1 and isinstance(keep, int)):
+            return f"{keep} of the tokens cannot be kept"
         if self.score == "cls" and 0 not in tokens.protected:
             return "there is no class token: none is a parameter, and none is read by its place"
         return None
@@ -110,16 +106,17 @@ class _Pruning:
     program: Program
     tokens: Tokens
     knobs: PruneTokens
+    keep: float | int
 
     def prune(self, site: Site) -> None:
         """Insert one selection after a site and let all that follows be shorter. Raises Stopped."""
         program, at = self.program, site.at
-        length, protected, keep = at.meta["val"].shape[1], list(self.tokens.protected), self.knobs.keep
+        length, protected, keep = at.meta["val"].shape[1], list(self.tokens.protected), self.keep
         last = self.knobs.score == "last_query"
         if last and (not isinstance(length, int) or length - 1 not in protected):
             protected.append(-1)
-        share = Fraction(keep or 0).limit_denominator(1000)
-        count, divisor = (share.numerator, share.denominator) if isinstance(keep, float) else (int(keep or 0), 0)
+        share = Fraction(keep).limit_denominator(1000)
+        count, divisor = (share.numerator, share.denominator) if isinstance(keep, float) else (keep, 0)
         if isinstance(length, int) and not divisor and count > length - len(protected):
             free = length - len(protected)
             raise Stopped(at, f"{count} tokens to keep of {free}, {len(protected)} are protected")

@@ -14,17 +14,17 @@ def operations(program: Program) -> int:
     return cost.totals([n for n in program.graph.nodes if n.op == "call_function"])[0]
 
 
-def first_within(share: float, settings: Sequence[Pass], program: Program, ctx: Context) -> Pass | Refusal:
-    """The first of some settings after which at most a share of the program's operations is left.
+def run_within(share: float, settings: Sequence[Pass], program: Program, ctx: Context) -> int | Refusal:
+    """Run the first of some settings after which at most a share of the program's operations is left.
 
     Args:
         share: from 0 to 1.
         settings: of one pass, from the one that saves least to the one that saves most.
-        program: is not changed.
+        program: is rewritten.
         ctx: handed to the pass.
 
     Returns:
-        The setting; a refusal if the pass refuses, or if even the last setting leaves more.
+        What the pass returns; a refusal also if even the last setting leaves more.
     """
     whole, low, high = operations(program), 0, len(settings) - 1
     last = _left(settings[-1], program, ctx)
@@ -38,7 +38,7 @@ def first_within(share: float, settings: Sequence[Pass], program: Program, ctx: 
         if isinstance(left, Refusal):
             return left
         low, high = (low, middle) if left <= share * whole else (middle + 1, high)
-    return settings[high]
+    return settings[high].run(program, ctx)
 
 
 def _left(setting: Pass, program: Program, ctx: Context) -> int | Refusal:

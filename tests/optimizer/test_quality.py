@@ -71,7 +71,7 @@ def decided(rewrite: Pass, quality: Quality | None = None, data: Sequence[Any] =
     with torch.no_grad():
         judge = Judge([x], program.run([x]), timed=False, original=program,
                       batches=[pytree.tree_leaves(d) for d in data])  # fmt: skip
-        _, (step,) = run_passes(program, [rewrite], Context(HOST, quality=quality), judge)
+        _, (step,), _ = run_passes(program, [rewrite], Context(HOST, quality=quality), judge)
     return step
 
 
@@ -148,7 +148,7 @@ def test_exact_rewrites_after_a_lossy_one_are_held_to_its_answers(by: float, kep
     program = capture(model, (x,))
     with torch.no_grad():
         judge = Judge([x], program.run([x]), timed=False, original=program)
-        _, steps = run_passes(program, [Scale(by=1.5), Round(by=by), Scale(noise=0.1)], Context(HOST), judge)
+        _, steps, _ = run_passes(program, [Scale(by=1.5), Round(by=by), Scale(noise=0.1)], Context(HOST), judge)
     assert [s.kept for s in steps] == [True, kept, True]
     assert steps[2].quality < 1.0  # scored against the original, not against what Scale made of it
 
