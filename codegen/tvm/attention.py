@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tvm import tirx
 
-from .attention_plan import Attention
+from ..plans.attention import Attention
 from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, sequence, serial, take
 from .layout import Sizes
 from .math import INF, Block, assign, exp2_nonpositive, on_stack, read, register, transpose

@@ -14,8 +14,8 @@ from typing import Any
 
 from tvm import tirx
 
+from ..plans.attention import Attention
 from .attention import LOG2_E, bias_of
-from .attention_plan import Attention
 from .emit import Memory, integer, parallel, parameters, prim_func, put, serial, take
 from .layout import Sizes
 from .math import INF, Block, assign, exchange, exp2_nonpositive, horizontal, on_stack, read, register

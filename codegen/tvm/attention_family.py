@@ -12,11 +12,11 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from ..plans.attention import OPERATOR, Attention, memory_order, plan, visible_blocks
+from ..plans.rules import name_of
 from . import attention_decode
 from .attention import Form, function
-from .attention_plan import OPERATOR, Attention, memory_order, plan, visible_blocks
 from .row_family import lanes_of
-from .rules import name_of
 
 HEIGHTS = {4: 6, 3: 8, 2: 12, 1: 16}  # rows of a tile by its vectors: 24 accumulators of 32 vector registers
 SMALL_HEIGHTS = {2: 4, 1: 8}  # for 16 vector registers

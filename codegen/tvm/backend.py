@@ -15,14 +15,14 @@ from ...passes.errors import LowerError
 from ...passes.program import Program
 from ...targets.target import Target, fingerprint
 from ..base import Destination, Extent, Kernel, Region, Schedule
+from ..plans.layout import expression
+from ..plans.values import Unsupported, devices
 from . import build
 from .attention_family import AttentionFamily
 from .conv_plan import pads
-from .layout import expression
 from .matmul_family import ConvFamily, MatmulFamily
 from .row_family import RowFamily
 from .token_family import TokenFamily
-from .values import Unsupported
 from .window_family import GroupNormFamily, WindowFamily
 
 LARGEST = 48  # operators of one kernel: planning and compiling take more than linear time
@@ -106,6 +106,8 @@ class TvmBackend:
             return f"the tvm backend lowers for CPUs, {target.name} is {target.device}"
         if not region.nodes or not region.outputs:
             return "an empty region"
+        if devices(region) - {"cpu"}:
+            return "tensors that are not on the CPU"
         if len(region.nodes) > LARGEST:
             return f"more than {LARGEST} operators"
         try:

@@ -9,9 +9,10 @@ import sympy
 import torch
 from tvm import tirx
 
+from ..plans.layout import Access
 from . import math as vector
 from .emit import integer, parallel, parameters, prim_func, serial
-from .layout import Access, Sizes
+from .layout import Sizes
 from .math import Block, assign, on_stack, read, register
 from .ranking import MASKED, Scratch, load, mark_best, store
 

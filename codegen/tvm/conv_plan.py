@@ -14,12 +14,12 @@ from torch import fx
 
 from ...passes.program import Program
 from ..base import Region
+from ..plans.layout import Access, expression, merge
+from ..plans.rules import name_of
+from ..plans.tail import Tail, plan_tail
+from ..plans.values import Unsupported, bound, dense
 from .depthwise import Depthwise
-from .layout import Access, expression, merge
 from .product import Border, Product
-from .rules import name_of
-from .tail import Tail, plan_tail
-from .values import Unsupported, bound, dense
 
 CONVOLUTIONS = ("conv1d", "conv2d", "convolution")
 ZERO = sympy.Integer(0)

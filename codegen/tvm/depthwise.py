@@ -20,13 +20,14 @@ from tvm import tirx
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Schedule
+from ..plans.layout import Access
+from ..plans.tail import Tail
 from .dots import PLAIN, pack
 from .emit import Memory, integer, parallel, pieces, prim_func, serial, take, viewed
 from .finish import finish
-from .layout import Access, Sizes, parameter
+from .layout import Sizes, parameter
 from .math import Block, assign, on_stack, read, register
 from .row_family import lanes_of, worth_threads
-from .tail import Tail
 from .tile import split
 from .window import taps_inside
 from .window_plan import Window

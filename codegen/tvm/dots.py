@@ -17,8 +17,8 @@ import torch
 from tvm import ir, tirx
 
 from ...targets.target import Target
+from ..plans.values import FLOATS, Unsupported
 from .math import Block
-from .values import Unsupported
 
 PREFETCH = """
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
@@ -27,7 +27,6 @@ define i32 @lathe_prefetch(ptr %line) alwaysinline {
   ret i32 0
 }
 """
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)

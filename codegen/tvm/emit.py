@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from tvm import tirx
 
+from ..plans.values import Value
 from . import math as vector
 from .layout import Sizes, flat, parameter
 from .math import Block
-from .values import Value
 
 RECOMPUTE = 8  # values cheaper than this many vector instructions are computed again rather than kept per row
 BINARY: dict[str, Callable[[Any, Any], Any]] = {

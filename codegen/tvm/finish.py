@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..plans.layout import Access
+from ..plans.tail import Tail
+from ..plans.values import Value
 from .emit import Memory, Row
-from .layout import Access, Sizes
+from .layout import Sizes
 from .math import Block
-from .tail import Tail
-from .values import Value
 
 
 def finish(tail: Tail, memory: Memory, sizes: Sizes, digits: Sequence[Any], start: Any,

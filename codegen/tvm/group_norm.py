@@ -16,14 +16,15 @@ from torch import fx
 from tvm import tirx
 
 from ..base import Region
+from ..plans.layout import Access, expression
+from ..plans.rules import name_of
+from ..plans.tail import Tail, plan_tail
+from ..plans.values import KINDS, Unsupported, bound, dense, shape
 from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, serial, take
 from .finish import finish
-from .layout import Access, Sizes, expression
+from .layout import Sizes
 from .math import Block, assign, on_stack, read, register
-from .rules import name_of
-from .tail import Tail, plan_tail
 from .tile import split
-from .values import KINDS, Unsupported, bound, dense, shape
 
 WIDEST = 128  # channels of a task, unless one group has more
 

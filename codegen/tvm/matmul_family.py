@@ -20,15 +20,16 @@ from torch import fx
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from ..plans.product import LINEAR, MATRIX
+from ..plans.rules import name_of
+from ..plans.values import Unsupported
 from . import conv_plan
 from .conv_plan import CONVOLUTIONS
 from .depthwise import Depthwise, DepthwiseLowering
 from .dots import pack, pack_levels, start_of
 from .matmul import Form, function
-from .product import LINEAR, MATRIX, Product, plan
+from .product import Product, plan
 from .row_family import lanes_of
-from .rules import name_of
-from .values import Unsupported
 
 TILES = ((6, 4), (9, 3), (8, 3), (13, 2), (12, 2))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
 SMALL_TILES = ((4, 2), (6, 1))  # for 16 vector registers

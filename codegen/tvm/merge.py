@@ -16,8 +16,9 @@ import torch
 from tvm import tirx
 
 from ...passes import token_ops
+from ..plans.layout import Access
 from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, serial, take
-from .layout import Access, Sizes
+from .layout import Sizes
 from .math import Block, assign, horizontal, on_stack, read, register
 from .ranking import MASKED, Scratch, load, mark_best, store
 from .tile import split

@@ -23,10 +23,10 @@ from ...passes.errors import LowerError
 from ...targets import cost
 from ...targets.target import Target
 from ..base import Backend, Destination, Kernel, Region, Schedule
+from ..plans.layout import contiguous
+from ..plans.rules import name_of
+from ..plans.values import Unsupported, dense
 from . import build
-from .layout import contiguous
-from .rules import name_of
-from .values import Unsupported, dense
 
 SAMPLES = 24
 LEAST = 2_000_000  # operations of one call below which a search is not worth its seconds

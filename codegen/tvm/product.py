@@ -13,16 +13,12 @@ from torch import fx
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region
+from ..plans.layout import Access, expression, merge
+from ..plans.product import LINEAR, MATRIX, check_operands, operands, walks_of
+from ..plans.rules import name_of
+from ..plans.tail import Tail, plan_tail
+from ..plans.values import Unsupported, bound, shape
 from .dots import PLAIN, WEIGHT_INT4, Dot, dot_of
-from .layout import Access, expression, merge
-from .rules import name_of
-from .tail import Tail, plan_tail
-from .values import Unsupported, bound, dense, shape
-
-LINEAR, MATRIX = (
-    ("linear", "_weight_int8pack_mm", "linear_int4"),
-    ("_int_mm", "mm", "addmm", "bmm", "baddbmm", "matmul"),
-)
 
 
 @dataclass
@@ -142,7 +138,7 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
         raise Unsupported("not exactly one matrix product")
     root = roots[0]
     left, right, addend = operands(root)
-    _check_tensors(root, left, right)
+    check_operands(root, left, right)
     dot = dot_of(left.meta["val"].dtype, right.meta["val"].dtype, target)
     space = shape(root)
     depth, columns = shape(left)[-1], space[-1]
@@ -156,7 +152,7 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     if (dot is WEIGHT_INT4) is not (levels is not None):
         raise Unsupported(f"a product with {right.meta['val'].dtype}")
     tail = plan_tail(region, root, addend, dot.constants if packed else 0, scale=scale)
-    walks = _walks(root, left, right, region, len(space))
+    walks = walks_of(root, left, right, region, len(space))
     accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
     extents = merge([expression(e) for e in space], accesses, False)
     batch = max((d + 1 for d in range(len(extents) - 1) if walks[1].strides[d] != 0), default=0)
@@ -166,46 +162,8 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     return Product(root, tail, *walks, left_step, right_steps, weight, extents, batch, depth, dot=dot, levels=levels)
 
 
-def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
-    """Left and right operand and what is added to the product."""
-    given = bound(root)
-    if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
-        raise Unsupported("the product or the addend is scaled")
-    if name_of(root) in LINEAR:
-        names = ("self", "mat2") if name_of(root) == "_weight_int8pack_mm" else ("input", "weight")
-        return given[names[0]], given[names[1]], given.get("bias")
-    if name_of(root) in ("addmm", "baddbmm"):
-        left, right = [given[k] for k in (("mat1", "mat2") if name_of(root) == "addmm" else ("batch1", "batch2"))]
-        return left, right, given["self"]
-    left, right = [v for v in root.args[:2] if isinstance(v, fx.Node)]
-    return left, right, None
-
-
 def _levels(root: fx.Node, program: Program | None) -> tuple[fx.Node, fx.Node, int]:
     scale, offset = bound(root)["scale"], bound(root)["offset"]
     if program is None or program.constant(scale) is None or program.constant(offset) is None:
         raise Unsupported("a weight of four bits whose scale or offset is not constant")
     return scale, offset, shape(scale)[1]
-
-
-def _check_tensors(root: fx.Node, left: fx.Node, right: fx.Node) -> None:
-    for node in (root, left, right):
-        value = dense(node)
-        if value.dim() < 2 or (name_of(root) in LINEAR and node is right and value.dim() != 2):
-            raise Unsupported("a product with a vector")
-
-
-def _walks(root: fx.Node, left: fx.Node, right: fx.Node, region: Region, rank: int) -> tuple[Access, Access]:
-    """How both operands walk over the space of the result, without the depth."""
-    walks = []
-    for node, skipped in ((left, 1), (right, 2)):
-        strides: list[sympy.Expr] = [sympy.Integer(0)] * rank
-        value = node.meta["val"]
-        own = value.dim() - skipped  # dimensions that the space shares, aligned at their ends
-        shared = 0 if node is right and name_of(root) in LINEAR else own
-        for d in range(shared):
-            size, stride = value.shape[d], value.stride(d)
-            if not (isinstance(size, int) and size == 1):
-                strides[rank - skipped - own + d] = expression(stride)
-        walks.append(Access(region.inputs.index(node), strides, sympy.Integer(0)))
-    return walks[0], walks[1]

@@ -12,9 +12,9 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from ..plans.rows import Plan, elements, make
+from ..plans.rules import name_of
 from . import rows
-from .plan import Plan, elements, make
-from .rules import name_of
 
 # A launch on the shared pool costs about 1 us when its threads are awake and several when they sleep; below this many
 # vector instructions (about 5 us on one core) one thread is faster.

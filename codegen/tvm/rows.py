@@ -10,11 +10,12 @@ import sympy
 from tvm import tirx
 from tvm.ir import StringImm
 
+from ..plans.layout import Access, expression
+from ..plans.rows import CHUNK, Plan
+from ..plans.values import Value
 from .emit import RECOMPUTE, Also, Memory, Row, integer, parallel, parameters, prim_func, put, sequence, serial
-from .layout import Access, Sizes, expression
+from .layout import Sizes
 from .math import Block, assign, on_stack, read, register
-from .plan import CHUNK, Plan
-from .values import Value
 
 ROWS_PER_TASK = 4  # rows that share one scratch row
 STACK = 65536  # bytes of scratch that may lie in the frame of a task

@@ -14,11 +14,11 @@ from ...passes.nodes import expression
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from ..plans.layout import Access, contiguous
+from ..plans.rules import name_of
+from ..plans.values import KINDS, Unsupported, bound, dense
 from . import best, merge
-from .layout import Access, contiguous
 from .row_family import lanes_of, worth_threads
-from .rules import name_of
-from .values import KINDS, Unsupported, bound, dense
 
 NAMES = ("merge_tokens", "best_tokens")
 

@@ -11,10 +11,10 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from ..plans.rules import name_of
 from . import group_norm, window
 from .group_norm import WIDEST, GroupNorm
 from .row_family import lanes_of, worth_threads
-from .rules import name_of
 from .window_plan import WindowPlan, plan, reduces_windows
 
 

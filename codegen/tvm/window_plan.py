@@ -16,11 +16,11 @@ import sympy
 from torch import fx
 
 from ..base import Region
-from .layout import Access, access_of, expression
-from .plan import reach, reason_against
-from .rules import name_of, read
-from .tail import Tail, coordinates, plan_tail
-from .values import KINDS, Builder, Unsupported, Value, bound, dense, shape
+from ..plans.layout import Access, access_of, expression
+from ..plans.rows import reach, reason_against
+from ..plans.rules import name_of, read
+from ..plans.tail import Tail, coordinates, plan_tail
+from ..plans.values import KINDS, Builder, Unsupported, Value, bound, dense, shape
 
 REDUCTIONS = {"mean": "sum", "sum": "sum", "amax": "max", "amin": "min"}
 POOLS = {f"{kind}_pool{n}d": how for n in (1, 2, 3)

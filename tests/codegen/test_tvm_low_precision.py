@@ -13,10 +13,10 @@ pytest.importorskip("tvm")
 
 from torchlathe import targets
 from torchlathe.codegen.base import Region
+from torchlathe.codegen.plans.values import Unsupported
 from torchlathe.codegen.trial import run_kernel
 from torchlathe.codegen.tvm.backend import TvmBackend
 from torchlathe.codegen.tvm.dots import BFLOAT16, BYTES, PLAIN, WORDS, WORDS_256, dot_of
-from torchlathe.codegen.tvm.values import Unsupported
 from torchlathe.passes import ops
 from torchlathe.passes.capture import capture
 from torchlathe.passes.ops import pack_int4, unpack_int4

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..base import Region, in_memory
 from .layout import Access, access_of
-from .plan import Output, equal_shapes, output_access, reach, reason_against, result_of
+from .rows import Output, equal_shapes, output_access, reach, reason_against, result_of
 from .rules import read
 from .values import KINDS, Builder, Coordinate, Extent, Site, Unsupported, Value, broadcast, shape
 

@@ -12,9 +12,8 @@ from torch import fx
 
 from ...passes.program import Program
 from ..base import Region, in_memory
-from .dots import FLOATS
 from .layout import expression
-from .values import Unsupported, bound, dense, same
+from .values import FLOATS, Unsupported, bound, dense, same
 
 OPERATOR = "scaled_dot_product_attention"
 WIDEST = 256  # features of a head

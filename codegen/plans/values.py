@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ..base import Region
 
@@ -23,6 +24,7 @@ KINDS = {
     torch.int32: "int32",
     torch.bool: "bool",
 }
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAVY = {"exp": 12, "erf": 12, "tanh": 12, "log": 14, "log1p": 16, "expm1": 14, "sigmoid": 14, "div": 4, "sqrt": 4}
 
 Extent = Any  # a static int or a torch.SymInt
@@ -160,11 +162,17 @@ def shape(node: fx.Node) -> tuple[Extent, ...]:
 
 
 def dense(node: Any) -> torch.Tensor:
-    """The fake tensor of a node. Raises Unsupported unless it is a dense one on the CPU."""
+    """The fake tensor of a node. Raises Unsupported unless it is a dense one."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
-        raise Unsupported(f"{node} is not a dense tensor on the CPU")
+    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+        raise Unsupported(f"{node} is not a dense tensor")
     return value
+
+
+def devices(region: Region) -> set[str]:
+    """Kinds of devices that the region's tensors are on."""
+    values = [v for n in (*region.inputs, *region.nodes) for v in pytree.tree_leaves(n.meta.get("val"))]
+    return {v.device.type for v in values if isinstance(v, torch.Tensor)}
 
 
 def bound(node: fx.Node) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""Where a value lies in memory: strides and offsets as expressions of symbols, and how to merge dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from ...passes.nodes import expression as expression
+from .values import FIXED, Coordinate, Value
+
+
+def equal(a: sympy.Expr, b: sympy.Expr) -> bool:
+    """Whether two expressions are the same polynomial."""
+    return bool(sympy.expand(a - b) == 0)
+
+
+def contiguous(tensor: torch.Tensor) -> bool:
+    """Whether the (fake) tensor is contiguous for all values of its symbols; dimensions of size one do not count."""
+    expected: sympy.Expr = sympy.Integer(1)
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if expression(size) != 1 and not equal(expression(stride), expected):
+            return False
+        expected = expected * expression(size)
+    return True
+
+
+@dataclass
+class Access:
+    """How one value of the row program walks through one buffer: a stride per dimension of the space."""
+
+    buffer: int
+    strides: list[sympy.Expr]
+    shift: sympy.Expr
+
+
+def access_of(value: Value, tensors: Sequence[torch.Tensor], rank: int) -> Access:
+    """The access of a load or gather; of a pick, the walk of the index that decides."""
+    if value.op == "pick":
+        return _walk([1], [value.attr[0]], -1, rank)
+    position, coords, *_ = value.attr
+    return _walk([expression(s) for s in tensors[position].stride()], coords, position, rank)
+
+
+def _walk(steps: Sequence[Any], coords: Sequence[Coordinate], position: int, rank: int) -> Access:
+    strides: list[sympy.Expr] = [sympy.Integer(0)] * rank
+    shift: sympy.Expr = sympy.Integer(0)
+    for step, coordinate in zip(steps, coords, strict=True):
+        if coordinate is not None:
+            dim, start = coordinate
+            if dim != FIXED:
+                strides[dim] = strides[dim] + step
+            shift = shift + step * start
+    return Access(position, strides, shift)
+
+
+def merge(extents: list[sympy.Expr], accesses: Sequence[Access], columns_too: bool) -> list[sympy.Expr]:
+    """Merge neighbouring dimensions that every access walks as one; returns the new extents, edits the accesses.
+
+    The last dimension is left alone unless `columns_too`. Static dimensions of size one are dropped.
+    """
+    extents = list(extents)
+    for dim in reversed(range(len(extents) - 1)):
+        if extents[dim] == 1:
+            inner = False
+        else:
+            last = dim + 1 == len(extents) - 1
+            if last and not columns_too:
+                continue
+            inner = all(equal(a.strides[dim], a.strides[dim + 1] * extents[dim + 1]) for a in accesses)
+            if not inner:
+                continue
+        if inner:
+            extents[dim + 1] = extents[dim] * extents[dim + 1]
+        del extents[dim]
+        for a in accesses:
+            del a.strides[dim]
+    return extents
