@@ -84,15 +84,15 @@ def reason_against(node: fx.Node) -> str | None:
     return None
 
 
-def make(region: Region) -> Plan:
-    """The plan of a region. Raises Unsupported with the reason."""
+def make(region: Region, device: str = "cpu") -> Plan:
+    """The plan of a region whose kernel runs on a kind of device. Raises Unsupported with the reason."""
     for node in region.nodes:
         if (reason := reason_against(node)) is not None:
             raise Unsupported(reason)
     space = _space(region)
     if any(isinstance(e, int) and e == 0 for e in space):
         raise Unsupported("a region without elements")
-    build, members, memo = Builder(region, space), set(region.nodes), dict[Any, Value]()
+    build, members, memo = Builder(region, space, device), set(region.nodes), dict[Any, Value]()
     tensors = [*(n.meta["val"] for n in region.inputs), *map(result_of, region.outputs)]
     outputs = []
     for k, node in enumerate(region.outputs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -147,9 +148,15 @@ def _gelu(s: Site, x: Value) -> Value:
     else:
         curve = f.op("erf", f.op("mul", x, f.const(math.sqrt(0.5))))
     result = f.op("mul", half, f.op("add", curve, f.const(1.0)))
-    if s.args["approximate"] == "tanh" or s.dtype is torch.float16:
+    if s.args["approximate"] == "tanh" or s.dtype is torch.float16 or f.device != "cpu" or not _gelu_loses_infinity():
         return result
-    return f.op("add", result, f.op("sub", x, x))  # torch's exact form (oneDNN) is NaN at both infinities
+    return f.op("add", result, f.op("sub", x, x))
+
+
+@functools.cache
+def _gelu_loses_infinity() -> bool:
+    """Whether torch's exact gelu is NaN at infinity on this CPU, as oneDNN's is, which torch takes on some of them."""
+    return bool(torch.nn.functional.gelu(torch.tensor([torch.inf])).isnan())
 
 
 def _silu(s: Site, x: Value) -> Value:

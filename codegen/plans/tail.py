@@ -35,7 +35,7 @@ class Tail:
 
 def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: int,
               order: tuple[int, ...] | None = None, inner: Collection[fx.Node] = (),
-              scale: fx.Node | None = None) -> Tail:  # fmt: skip
+              scale: fx.Node | None = None, device: str = "cpu") -> Tail:  # fmt: skip
     """The tail of a region whose other nodes all come after `root`. Raises Unsupported with the reason.
 
     Args:
@@ -44,6 +44,7 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
         order: dimensions of the result from the outermost to the innermost in memory; the last one is the columns.
         inner: nodes of the region that come before `root`.
         scale: what the result is multiplied with first, one number per column.
+        device: kind of device that the kernel runs on.
     """
     rest = [n for n in region.nodes if n is not root and n not in inner]
     for node in rest:
@@ -51,7 +52,7 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
             raise Unsupported(reason)
     sizes = shape(root)
     space = sizes if order is None else tuple(sizes[d] for d in order)
-    build, memo = Builder(region, space), dict[Any, Value]()
+    build, memo = Builder(region, space, device), dict[Any, Value]()
     at = coordinates(build, order)
     tensors = [*(n.meta["val"] for n in region.inputs), *(torch.empty(0) for _ in range(constants))]
     result = summed = build.product(KINDS.get(root.meta["val"].dtype, "float32"))

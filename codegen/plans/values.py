@@ -62,10 +62,11 @@ class Value:
 
 @dataclass
 class Builder:
-    """Makes values; equal values are made once."""
+    """Makes values as torch computes them on a kind of device; equal values are made once."""
 
     region: Region
     space: tuple[Extent, ...]
+    device: str = "cpu"
     table: dict[Any, Value] = field(default_factory=dict)
 
     def op(self, name: str, *args: Value, kind: str = "float32", attr: Any = None) -> Value:

@@ -1,0 +1,309 @@
+"""Attention by tiles of queries with a running maximum and sum, so that no score is ever written to memory.
+
+Few queries are served by a split of the keys: each part leaves its maximum, its sum and its mean of values in scratch
+memory, and a second kernel puts them together. Query heads that share keys are then rows of one tile.
+
+Milakov & Gimelshein, "Online normalizer calculation for softmax" (2018); Dao et al., "FlashAttention" (2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+
+from ...passes.program import Program
+from ...targets.target import Target
+from ..base import Region, Schedule
+from ..plans.attention import OPERATOR, Attention, memory_order, plan, visible_blocks
+from ..plans.rules import name_of
+from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .writer import Writer
+
+# queries, keys of a tile, warps, stages; the likelier first
+TILES = ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (64, 32, 4, 4))
+FULL = ((64, 32, 4, 2), (32, 32, 4, 2), (64, 64, 8, 2))  # float32
+DECODE = ((64, 4, 2), (128, 4, 2), (32, 2, 3))  # keys, warps, stages
+FEW_QUERIES = 16
+LOG2E = 1 / math.log(2)
+
+
+class AttentionFamily:
+    """Regions of one scaled dot product attention."""
+
+    name = "attention"
+
+    def claims(self, region: Region) -> bool:
+        """Whether an attention operator is in the region."""
+        return any(name_of(n) == OPERATOR for n in region.nodes)
+
+    def plan(self, region: Region, program: Program | None, target: Target) -> AttentionLowering:
+        """The attention. Raises Unsupported."""
+        return AttentionLowering(plan(region, program))
+
+
+@dataclass
+class AttentionLowering:
+    """A planned attention."""
+
+    attention: Attention
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake tensors of the parameters."""
+        return self.attention.tensors
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Heads inside queries: what the product after it reads as it lies."""
+        return memory_order(len(self.attention.lead) + 2)
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of both products, 0 if sizes are symbolic."""
+        return self.attention.flops
+
+    def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
+        """For a known mask, which blocks of keys each tile of queries sees."""
+        if self.attention.known_mask is None:
+            return ()
+        seen = visible_blocks(self.attention, int(schedule["queries"]), int(schedule["keys"]))
+        return (seen.to(self.attention.known_mask.device),)
+
+    def space(self, target: Target) -> Iterable[Schedule]:
+        """Tiles that fit; for few queries, splits of the keys."""
+        p = self.attention
+        queries = int(p.queries) if p.queries.is_Integer else 1024
+        names = ("queries", "keys", "warps", "stages", "splits", "pack")
+        dtype = p.tensors[p.position["query"]].dtype
+        if queries <= FEW_QUERIES and p.known_mask is None and not p.causal:
+            pack = p.group if p.heads["value"][-1][1] == p.group and queries * p.group <= 64 else 1
+            rows = max(16, power_of_two(queries * pack))
+            for keys, warps, stages in DECODE:
+                for splits in self._splits(keys, pack, target):
+                    yield Schedule("decode", tuple(zip(names, (rows, keys, warps, stages, splits, pack), strict=True)))
+            return
+        wide = max(p.features, p.value_features) > 128
+        for rows, keys, warps, stages in FULL if dtype is torch.float32 else TILES:
+            rows = max(16, min(rows, power_of_two(queries)))
+            if wide and (rows > 64 or keys > 64):
+                continue
+            yield Schedule("attention", tuple(zip(names, (rows, keys, warps, stages, 1, 1), strict=True)))
+
+    def _splits(self, keys: int, pack: int, target: Target) -> list[int]:
+        p = self.attention
+        if not all(e.is_Integer for e in (*p.lead, p.keys)):
+            return [8]
+        heads = math.prod(int(e) for e in p.lead) // pack
+        most = max(1, int(p.keys) // (2 * keys))
+        wanted = max(1, min(most, 2 * target.cores // heads, 64))
+        return list(dict.fromkeys((wanted, max(1, wanted // 2))))
+
+    def code(self, name: str, schedule: Schedule, target: Target) -> Code:
+        """The kernel, or for a split of the keys the two kernels."""
+        return _Template(self.attention, name, schedule).code()
+
+
+@dataclass
+class _Template:
+    attention: Attention
+    name: str
+    schedule: Schedule
+    sizes: Sizes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = Sizes(self.attention.tensors)
+
+    def code(self) -> Code:
+        p, s = self.attention, self.schedule
+        rows, pack, splits = (int(s[k]) for k in ("queries", "pack", "splits"))
+        heads = sympy.Mul(*p.lead) / pack
+        count, split = len(p.tensors), splits > 1
+        texts = [(self.name, self._main())]
+        tensors = tuple(range(count + 2 * split))
+        warps, stages = int(s["warps"]), int(s["stages"])
+        tiles = parts(p.queries * pack, rows)
+        launches = [Launch(self.name, tensors, (tiles, heads, sympy.Integer(splits)), warps, stages)]
+        scratch = []
+        if split:
+            area = (sympy.Integer(splits), heads, p.queries * pack)
+            scratch = [((*area, sympy.Integer(p.value_features)), torch.float32), ((*area, sympy.Integer(2)), torch.float32)]
+            texts.append((f"{self.name}_sum", self._join()))
+            launches.append(Launch(f"{self.name}_sum", tensors, (p.queries * pack, heads), 1))
+        parameters = [*(f"t{k}" for k in tensors), *self.sizes.parameters]
+        return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
+
+    def _start(self, w: Writer, row: str) -> tuple[list[str], str]:
+        """Indices of the head, and of the query, for packed rows [R, 1] (or a scalar)."""
+        p, pack = self.attention, int(self.schedule["pack"])
+        cast = ".to(tl.int64)" if is_wide(p.tensors) else ""
+        lead = [*p.lead[:-1], p.lead[-1] / pack]
+        digits = list(w.digits(w.let(f"tl.program_id(1){cast}", stem="head"), lead))
+        if pack == 1:
+            return digits, row
+        queries = self.sizes.text(p.queries)
+        digits[-1] = w.let(f"{digits[-1]} * {pack} + {row} // {queries}")
+        return digits, w.let(f"{row} % {queries}")
+
+    def _base(self, w: Writer, tensor: str, digits: Sequence[str]) -> str:
+        terms = []
+        for digit, (stride, group) in zip(digits, self.attention.heads[tensor], strict=True):
+            if stride != 0:
+                index = f"({digit} // {group})" if group > 1 else digit
+                terms.append(f"{index} * {self.sizes.text(stride)}")
+        return w.let(" + ".join(terms) or "0", stem="base")
+
+    def _address(self, tensor: str, base: str, along: str, feature: str) -> str:
+        outer, inner = (self.sizes.text(e) for e in self.attention.steps[tensor])
+        return f"t{self.attention.position[tensor]} + {base} + {along} * {outer} + {feature} * {inner}"
+
+    def _main(self) -> list[str]:
+        p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})
+        rows, splits, pack = (int(s[k]) for k in ("queries", "splits", "pack"))
+        wide, own = power_of_two(max(16, p.features)), power_of_two(max(16, p.value_features))
+        w.line("tile = tl.program_id(0)")
+        w.line(f"row = (tile * {rows} + tl.arange(0, {rows}))[:, None]")
+        digits, query = self._start(w, "row")
+        shared = list(digits)
+        if pack > 1:  # keys and values do not depend on the row
+            shared = list(w.digits("tl.program_id(1)", [*p.lead[:-1], p.lead[-1] / pack]))
+            shared[-1] = f"({shared[-1]} * {pack})"
+        w.line(f"real = row < {self.sizes.text(p.queries * pack)}")
+        bases = {n: self._base(w, n, shared if n in ("key", "value") else digits) for n in p.position}
+        w.line(f"down = tl.arange(0, {wide})[:, None]")
+        w.line(f"feature = tl.arange(0, {wide})[None, :]")
+        w.line(f"own = tl.arange(0, {own})[None, :]")
+        mask = "real" if wide == p.features else f"real & (feature < {p.features})"
+        w.line(f"q = tl.load({self._address('query', bases['query'], query, 'feature')}, mask={mask}, other=0)")
+        w.line(f'peak = tl.full([{rows}, 1], float("-inf"), tl.float32)')
+        w.line(f"total = tl.zeros([{rows}, 1], tl.float32)")
+        w.line(f"sums = tl.zeros([{rows}, {own}], tl.float32)")
+        self._loops(w, bases, query, wide, own)
+        if splits > 1:
+            self._leave(w, own)
+        else:
+            w.line("mean = sums / tl.where(total == 0.0, 1.0, total)")
+            inside = "real" if own == p.value_features else f"real & (own < {p.value_features})"
+            w.line(f"tl.store({self._address('output', bases['output'], query, 'own')}, mean, mask={inside})")
+        return w.blocks[0].lines
+
+    def _loops(self, w: Writer, bases: dict[str, str], query: str, wide: int, own: int) -> None:
+        """Blocks of keys that need no look at the edge or the diagonal, then those that do."""
+        p, s = self.attention, self.schedule
+        rows, block, splits = (int(s[k]) for k in ("queries", "keys", "splits"))
+        keys = self.sizes.text(p.keys)
+        first, last = "0", keys
+        if splits > 1:
+            share = f"tl.cdiv(tl.cdiv({keys}, {block}), {splits}) * {block}"
+            first = w.let(f"tl.program_id(2) * ({share})")
+            last = w.let(f"tl.minimum({first} + {share}, {keys})")
+        elif p.causal:
+            last = w.let(f"tl.minimum((tile + 1) * {rows}, {keys})")
+        even = p.keys.is_Integer and int(p.keys) % block == 0
+        if even and not p.causal:
+            self._loop(w, bases, query, wide, own, (first, last), False)
+            return
+        full = f"tl.minimum(tile * {rows}, {keys})" if p.causal else last
+        middle = w.let(f"tl.maximum({full} // {block} * {block}, {first})")
+        self._loop(w, bases, query, wide, own, (first, middle), False)
+        self._loop(w, bases, query, wide, own, (middle, last), True)
+
+    def _loop(self, w: Writer, bases: dict[str, str], query: str, wide: int, own: int, reach: tuple[str, str],
+              edge: bool) -> None:  # fmt: skip
+        p, block = self.attention, int(self.schedule["keys"])
+        lines = [*self._scores(bases, query, wide, edge), *self._update(bases, own, edge)]
+        w.line(f"for start in range({reach[0]}, {reach[1]}, {block}):")
+        indent = "    "
+        if p.known_mask is not None:
+            across = parts(p.keys, block)
+            w.line(f"    if tl.load(t{len(p.tensors) - 2} + tile * {across} + start // {block}) != 0:")
+            indent = "        "
+        for line in lines:
+            w.line(indent + line)
+
+    def _scores(self, bases: dict[str, str], query: str, wide: int, edge: bool) -> list[str]:
+        p, block = self.attention, int(self.schedule["keys"])
+        keys, rows = self.sizes.text(p.keys), int(self.schedule["queries"])
+        conditions = [f"(key < {keys})"] * edge + [f"(down < {p.features})"] * (wide != p.features)
+        guard = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+        lines = [
+            f"key = start + tl.arange(0, {block})[None, :]",
+            f"k = tl.load({self._address('key', bases['key'], 'key', 'down')}{guard})",
+            f"scores = device.dot(q, k, tl.zeros([{rows}, {block}], tl.float32)) * {p.scale * LOG2E!r}",
+        ]
+        hide = 'float("-inf")'
+        if p.masked:
+            per_query = p.mask_per_query
+            guards = [f"(key < {keys})"] * edge + ["real"] * per_query
+            guard = f", mask={' & '.join(guards)}, other=0" if guards else ""
+            lines.append(f"m = tl.load({self._address('mask', bases['mask'], query if per_query else '0', 'key')}{guard})")
+            if p.tensors[p.position["mask"]].dtype is torch.bool:
+                lines.append(f"scores = tl.where(m, scores, {hide})")
+            else:
+                lines.append(f"scores += m.to(tl.float32) * {LOG2E!r}")
+        if edge:
+            seen = f"(key < {keys})" + (f" & (key <= {query})" if p.causal else "")
+            lines.append(f"scores = tl.where({seen}, scores, {hide})")
+        return lines
+
+    def _update(self, bases: dict[str, str], own: int, edge: bool) -> list[str]:
+        p, block = self.attention, int(self.schedule["keys"])
+        value = p.tensors[p.position["value"]].dtype
+        conditions = [f"(place < {self.sizes.text(p.keys)})"] * edge
+        conditions += [f"(own < {p.value_features})"] * (own != p.value_features)
+        guard = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
+        kind = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16"}[value]
+        return [
+            "high = tl.maximum(peak, tl.max(scores, 1, keep_dims=True))",
+            'safe = tl.where(high == float("-inf"), 0.0, high)',  # a row that sees no key yet
+            "weight = tl.exp2(scores - safe)",
+            "shrink = tl.exp2(peak - safe)",
+            "total = total * shrink + tl.sum(weight, 1, keep_dims=True)",
+            f"place = start + tl.arange(0, {block})[:, None]",
+            f"v = tl.load({self._address('value', bases['value'], 'place', 'own')}{guard})",
+            f"sums = device.dot(weight.to({kind}), v, sums * shrink)",
+            "peak = high",
+        ]
+
+    def _area(self, row: str) -> str:
+        """Number of a row in scratch memory, without the part."""
+        p, pack = self.attention, int(self.schedule["pack"])
+        return f"(tl.program_id(1) * {self.sizes.text(p.queries * pack)} + {row})"
+
+    def _part(self) -> str:
+        p, pack = self.attention, int(self.schedule["pack"])
+        return self.sizes.text(sympy.Mul(*p.lead) / pack * p.queries * pack)
+
+    def _leave(self, w: Writer, own: int) -> None:
+        """Write the sums, the maximum and the total of one part."""
+        p = self.attention
+        k, features = len(p.tensors), p.value_features
+        w.line(f"area = tl.program_id(2) * {self._part()} + {self._area('row')}")
+        w.line(f"tl.store(t{k} + area * {features} + own, sums, mask=real & (own < {features}))")
+        w.line(f"tl.store(t{k + 1} + area * 2, peak, mask=real)")
+        w.line(f"tl.store(t{k + 1} + area * 2 + 1, total, mask=real)")
+
+    def _join(self) -> list[str]:
+        """One row of the result from its parts."""
+        p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})
+        splits, k, features = int(s["splits"]), len(p.tensors), p.value_features
+        most, own = power_of_two(splits), power_of_two(features)
+        w.line("row = tl.program_id(0)")
+        digits, query = self._start(w, "row")
+        base = self._base(w, "output", digits)
+        w.line(f"own = tl.arange(0, {own})[None, :]")
+        w.line(f"part = tl.arange(0, {most})[:, None]")
+        w.line(f"area = part * {self._part()} + {self._area('row')}")
+        w.line(f"known = part < {splits}")
+        w.line(f'peak = tl.load(t{k + 1} + area * 2, mask=known, other=float("-inf"))')
+        w.line(f"total = tl.load(t{k + 1} + area * 2 + 1, mask=known, other=0)")
+        w.line(f"sums = tl.load(t{k} + area * {features} + own, mask=known & (own < {features}), other=0)")
+        w.line("high = tl.max(peak, 0, keep_dims=True)")
+        w.line('shrink = tl.exp2(peak - tl.where(high == float("-inf"), 0.0, high))')
+        w.line("whole = tl.sum(total * shrink, 0, keep_dims=True)")
+        w.line("mean = tl.sum(sums * shrink, 0, keep_dims=True) / tl.where(whole == 0.0, 1.0, whole)")
+        w.line(f"tl.store({self._address('output', base, query, 'own')}, mean, mask=own < {features})")
+        return w.blocks[0].lines

@@ -1,0 +1,193 @@
+"""The triton backend: regions of one kernel family each, lowered to generated Triton kernels for NVIDIA and AMD GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from ...passes.errors import LowerError
+from ...passes.program import Program
+from ...targets.target import Target, fingerprint
+from ..base import Destination, Extent, Kernel, Region, Schedule
+from ..plans.rules import name_of
+from ..plans.values import Unsupported, devices
+from .attention import AttentionFamily
+from .code import Code
+from .compile import Binary, Runner, absent, compile_launch, interpreted, is_here, resources
+from .matmul import MatmulFamily
+from .rows import RowFamily
+
+LARGEST = 48  # operators of one kernel
+
+
+class Lowering(Protocol):
+    """A region that a family has planned."""
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of one call, 0 if sizes are symbolic."""
+        ...
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake tensors of the parameters: inputs, constants, outputs."""
+        ...
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """Dimensions of the outputs from the outermost to the innermost in memory, None if contiguous."""
+        ...
+
+    def space(self, target: Target) -> Iterable[Schedule]:
+        """Schedules worth trying, the likelier first."""
+        ...
+
+    def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
+        """Tensors computed at compile time."""
+        ...
+
+    def code(self, name: str, schedule: Schedule, target: Target) -> Code:
+        """The kernels."""
+        ...
+
+
+class Family(Protocol):
+    """One kind of kernel: what it can plan, and the word that its kernels are named by."""
+
+    @property
+    def name(self) -> str:
+        """The word."""
+        ...
+
+    def claims(self, region: Region) -> bool:
+        """Whether the region is of this kind, judged by its operators alone."""
+        ...
+
+    def plan(self, region: Region, program: Program | None, target: Target) -> Lowering:
+        """Raises Unsupported with the reason."""
+        ...
+
+
+FAMILIES: tuple[Family, ...] = (AttentionFamily(), MatmulFamily(), RowFamily())
+
+
+@dataclass
+class TritonBackend:
+    """Lowers products with their pointwise tail, attention, and rows of pointwise operators and reductions.
+
+    Args:
+        program: where constant weights are found; without it every operand is taken at run time.
+        families: kinds of kernels; the first that claims a region plans it.
+    """
+
+    program: Program | None = None
+    name: str = "triton"
+    families: tuple[Family, ...] = FAMILIES
+    _compiled: dict[tuple[str, str], tuple[Code, list[Binary]]] = field(default_factory=dict, repr=False)
+
+    def absorbs(self, node: fx.Node) -> bool:
+        """None."""
+        return False
+
+    def supports(self, region: Region, target: Target) -> str | None:
+        """None if the region can be lowered, else the reason why not."""
+        if target.device != "cuda":
+            return f"the triton backend lowers for GPUs, {target.name} is {target.device}"
+        if not region.nodes or not region.outputs:
+            return "an empty region"
+        if len(region.nodes) > LARGEST:
+            return f"more than {LARGEST} operators"
+        if len(devices(region)) > 1:
+            return "tensors on several devices"
+        try:
+            plan = self._plan(region, target)
+            for node in region.outputs:
+                _destination(node, region, None)
+            if next(iter(plan.space(target)), None) is None:
+                return "no schedule that is worth a kernel"
+        except Unsupported as reason:
+            return str(reason)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
+            return f"a rule failed on it: {type(error).__name__}: {error}"  # costs the region, not the model
+        return None
+
+    def space(self, region: Region, target: Target) -> Iterable[Schedule]:
+        """What the region's family offers."""
+        return self._plan(region, target).space(target)
+
+    def lower(self, region: Region, target: Target, schedule: Schedule) -> Kernel:
+        """Compile the region. Raises LowerError."""
+        name = self._named(region)
+        try:
+            plan = self._plan(region, target)
+            key = region.key(self.program), f"{schedule} {fingerprint(target)}"
+            if key not in self._compiled:
+                self._compiled[key] = self._make(plan, name, schedule, target)
+            code, binaries = self._compiled[key]
+            destinations = tuple(_destination(node, region, plan.order) for node in region.outputs)
+            constants = plan.constants(schedule, target)
+        except Unsupported as reason:
+            raise LowerError(str(reason), node=region.nodes[0].name, by=self.name) from reason
+        here = interpreted() or is_here(target)
+        call: Any = Runner(code, target, binaries) if here else absent(target)
+        return Kernel(
+            name, self.name, call, destinations, constants=constants, source=code.text, schedule=schedule,
+            flops=plan.flops, outputs=len(region.outputs), bytes=sum(_bytes(t) for t in plan.tensors),
+            asm=_asm(binaries),
+        )  # fmt: skip
+
+    def _make(self, plan: Lowering, name: str, schedule: Schedule, target: Target) -> tuple[Code, list[Binary]]:
+        code = plan.code(name, schedule, target)
+        if interpreted():
+            return code, []
+        dtypes = [*(t.dtype for t in plan.tensors), *(dtype for _, dtype in code.scratch)]
+        binaries = [compile_launch(code, launch, dtypes, target) for launch in code.launches]
+        for binary in binaries:
+            if binary.shared > target.caches[0]:
+                raise LowerError(f"{binary.shared} bytes of shared memory, {target.name} has {target.caches[0]}",
+                                 by=self.name)  # fmt: skip
+        return code, [b if is_here(target) else resources(b) for b in binaries]
+
+    def _named(self, region: Region) -> str:
+        return f"{self._family(region).name}_" + "_".join(dict.fromkeys(_short(n) for n in region.nodes))[:80]
+
+    def _plan(self, region: Region, target: Target) -> Lowering:
+        return self._family(region).plan(region, self.program, target)
+
+    def _family(self, region: Region) -> Family:
+        return next(f for f in self.families if f.claims(region))
+
+
+def _asm(binaries: list[Binary]) -> dict[str, str]:
+    """Generated code of all launches by its kind; machine code itself is left out."""
+    kinds = dict.fromkeys(k for b in binaries for k in b.compiled.asm if k in ("ttir", "ttgir", "ptx", "amdgcn"))
+    return {k: "\n".join(b.compiled.asm[k] for b in binaries) for k in kinds}
+
+
+def _short(node: fx.Node) -> str:
+    return (name_of(node) or "call").lstrip("_")
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    sizes = [s for s in tensor.shape if isinstance(s, int)]
+    return tensor.element_size() * int(torch.Size(sizes).numel()) if len(sizes) == tensor.dim() else 0
+
+
+def _destination(node: fx.Node, region: Region, order: tuple[int, ...] | None) -> Destination:
+    """Where an output goes; symbolic sizes are looked up in an input's shape at each call."""
+    shape: list[Extent] = []
+    for size in node.meta["val"].shape:
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        places = ((k, d) for k, n in enumerate(region.inputs) for d, s in enumerate(n.meta["val"].shape)
+                  if str(s) == str(size))  # fmt: skip
+        found = next(places, None)
+        if found is None:
+            raise Unsupported(f"the size {size} of {node.name} is not the size of an input")
+        shape.append(found)
+    return Destination(tuple(shape), node.meta["val"].dtype, order)

@@ -1,0 +1,345 @@
+"""Matrix products with what follows them: tiles of the result, accumulated in float32, written once.
+
+Few rows are served by a split of the depth: parts of the sum go to scratch memory in float32, and a second kernel adds
+them up and computes what follows. With the bulk copy engine of Hopper and later, operands are read by descriptors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+from ...passes.program import Program
+from ...targets.target import Target
+from ..base import Region, Schedule
+from ..plans.layout import Access, expression, merge
+from ..plans.product import LINEAR, MATRIX, check_operands, operands, walks_of
+from ..plans.rules import name_of
+from ..plans.tail import Tail, plan_tail
+from ..plans.values import FLOATS, Unsupported, shape
+from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .writer import Place, Writer
+
+# rows, columns, depth of a tile, warps, stages; the likelier first
+LARGE = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4), (256, 128, 64, 8, 3),
+         (64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (64, 256, 64, 8, 3), (128, 128, 32, 4, 4))  # fmt: skip
+SMALL = ((16, 64, 128, 4, 4), (16, 128, 128, 4, 4), (16, 32, 256, 4, 4), (16, 128, 64, 8, 5), (16, 64, 256, 4, 3))
+FULL = ((64, 64, 32, 4, 3), (128, 64, 16, 8, 3), (64, 32, 32, 4, 3), (32, 32, 32, 4, 3))  # float32: no matrix units
+GROUP = 8  # tiles of rows that share columns while these are in the second cache level
+FEW_ROWS = 32
+
+
+class MatmulFamily:
+    """Regions of one matrix product and the pointwise operators after it."""
+
+    name = "matmul"
+
+    def claims(self, region: Region) -> bool:
+        """Whether a matrix product is in the region."""
+        return any(name_of(n) in (*LINEAR, *MATRIX) for n in region.nodes)
+
+    def plan(self, region: Region, program: Program | None, target: Target) -> MatmulLowering:
+        """The region's product. Raises Unsupported."""
+        return MatmulLowering(plan(region))
+
+
+@dataclass
+class Product:
+    """One matrix product per batch element, [rows, depth] x [depth, columns], with a row program over its result.
+
+    Attributes:
+        tail: what is done to each element of the result.
+        left: walk of the left operand over the space, columns not counted.
+        right: the same for the right one.
+        left_step: stride of the left operand along the depth.
+        right_steps: strides of the right operand along the depth and along the columns.
+        extents: sizes of the space: batch, rows, columns.
+        batch: how many of the extents the right operand depends on.
+        depth: size of the dimension that is summed over.
+        dtype: of the operands.
+    """
+
+    tail: Tail
+    left: Access
+    right: Access
+    left_step: sympy.Expr
+    right_steps: tuple[sympy.Expr, sympy.Expr]
+    extents: list[sympy.Expr]
+    batch: int
+    depth: sympy.Expr
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> sympy.Expr:
+        """Rows that share one right operand."""
+        return sympy.Mul(*self.extents[self.batch : -1])
+
+    @property
+    def columns(self) -> sympy.Expr:
+        """Columns of the result."""
+        return self.extents[-1]
+
+
+def plan(region: Region) -> Product:
+    """The product of a region. Raises Unsupported with the reason."""
+    roots = [n for n in region.nodes if name_of(n) in (*LINEAR, *MATRIX)]
+    if len(roots) != 1:
+        raise Unsupported("not exactly one matrix product")
+    (root,) = roots
+    if name_of(root) not in ("linear", "mm", "addmm", "bmm", "baddbmm", "matmul"):
+        raise Unsupported(f"{root.target} has no template")
+    left, right, addend = operands(root)
+    check_operands(root, left, right)
+    dtype = left.meta["val"].dtype
+    if dtype not in FLOATS or right.meta["val"].dtype is not dtype:
+        raise Unsupported(f"a product of {dtype} and {right.meta['val'].dtype}")
+    space = shape(root)
+    if any(isinstance(s, int) and s == 0 for s in (*space, *shape(left))):
+        raise Unsupported("a product without elements")
+    tail = plan_tail(region, root, addend, 0, device="cuda")
+    walks = walks_of(root, left, right, region, len(space))
+    accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
+    extents = merge([expression(e) for e in space], accesses, False)
+    batch = max((d + 1 for d in range(len(extents) - 1) if walks[1].strides[d] != 0), default=0)
+    steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
+    right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
+    left_step = expression(left.meta["val"].stride(-1))
+    return Product(tail, *walks, left_step, right_steps, extents, batch, expression(shape(left)[-1]), dtype)
+
+
+@dataclass
+class MatmulLowering:
+    """A planned product."""
+
+    product: Product
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake tensors of the parameters."""
+        return self.product.tail.tensors
+
+    @property
+    def order(self) -> None:
+        """Outputs are contiguous."""
+        return None
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of the product, 0 if sizes are symbolic."""
+        sizes = [*self.product.extents, self.product.depth]
+        return 2 * math.prod(int(s) for s in sizes) if all(s.is_Integer for s in sizes) else 0
+
+    def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
+        """None."""
+        return ()
+
+    def space(self, target: Target) -> Iterable[Schedule]:
+        """Tiles that fit the target and the product, the likelier first."""
+        p = self.product
+        rows = int(p.rows) if p.rows.is_Integer else 4096
+        columns = int(p.columns) if p.columns.is_Integer else 4096
+        if p.dtype is torch.float32:
+            tiles: Sequence[tuple[int, ...]] = FULL
+        else:
+            tiles = SMALL if rows <= FEW_ROWS else LARGE
+        batches = math.prod(int(e) for e in p.extents[: p.batch] if e.is_Integer)
+        seen = set()
+        for height, width, depth, warps, stages in self._ordered(tiles, rows, columns, batches, target):
+            height = max(16, min(height, power_of_two(rows)))
+            width = max(16, min(width, power_of_two(columns)))
+            depth = max(16, min(depth, power_of_two(int(p.depth)))) if p.depth.is_Integer else depth
+            blocks = -(-rows // height) * -(-columns // width) * batches
+            splits = self._splits(blocks, depth, target)
+            if not _fits(height, width, depth, stages, p.dtype, target):
+                continue
+            for split in splits:
+                for tma in self._tma(target) if split == 1 and height >= 64 else (False,):
+                    key = (height, width, depth, warps, stages, split, tma)
+                    if key not in seen:
+                        seen.add(key)
+                        names = ("rows", "columns", "depth", "warps", "stages", "splits", "tma")
+                        yield Schedule("matmul", tuple(zip(names, key, strict=True)))
+
+    def _ordered(self, tiles: Sequence[Any], rows: int, columns: int, batches: int, target: Target) -> list[Any]:
+        """By the share of the multiprocessors' time that is not wasted in the last wave and at the edges."""
+
+        def waste(tile: tuple[int, ...]) -> float:
+            blocks = -(-rows // tile[0]) * -(-columns // tile[1]) * batches
+            waves = -(-blocks // target.cores)
+            reuse = 1 / tile[0] + 1 / tile[1]  # operands read for each element of the result
+            return waves * target.cores * tile[0] * tile[1] / (rows * columns * batches) * (1 + 24 * reuse)
+
+        return sorted(tiles, key=waste)
+
+    def _splits(self, blocks: int, depth: int, target: Target) -> list[int]:
+        """Into how many parts the depth is cut: as many as keep all multiprocessors busy, or none."""
+        p = self.product
+        if not p.depth.is_Integer or not all(e.is_Integer for e in p.extents) or blocks >= target.cores:
+            return [1]
+        most = max(1, int(p.depth) // (2 * depth))
+        wanted = min(most, power_of_two(max(1, 2 * target.cores // blocks)) // 2, 16)
+        return list(dict.fromkeys(s for s in (max(1, wanted), max(1, wanted // 2), 1)))
+
+    def _tma(self, target: Target) -> tuple[bool, ...]:
+        """Whether operands may be read by descriptors: dense rows whose starts are multiples of 16 bytes."""
+        p = self.product
+        static = all(e.is_Integer for e in (*p.extents, p.depth))
+        if "tma" not in target.features or p.dtype is torch.float32 or p.batch or not static or len(p.extents) != 2:
+            return (False,)
+        width = p.dtype.itemsize
+        steps = [p.left.strides[0], p.right_steps[0] if p.right_steps[1] == 1 else p.right_steps[1]]
+        dense = p.left_step == 1 and 1 in p.right_steps and all(int(s) * width % 16 == 0 for s in steps)
+        return (True, False) if dense else (False,)
+
+    def code(self, name: str, schedule: Schedule, target: Target) -> Code:
+        """The kernel, or for a split depth the two kernels."""
+        return _Template(self.product, name, schedule).code()
+
+
+def _fits(height: int, width: int, depth: int, stages: int, dtype: torch.dtype, target: Target) -> bool:
+    """Whether the operands of all stages fit the shared memory, with room for what the compiler adds."""
+    return (height + width) * depth * dtype.itemsize * max(1, stages - 1) <= target.caches[0] * 0.95
+
+
+@dataclass
+class _Template:
+    product: Product
+    name: str
+    schedule: Schedule
+    sizes: Sizes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sizes = Sizes(self.product.tail.tensors)
+
+    def code(self) -> Code:
+        p, splits = self.product, int(self.schedule["splits"])
+        height, width = int(self.schedule["rows"]), int(self.schedule["columns"])
+        count = len(p.tail.tensors)
+        batches = sympy.Mul(*p.extents[: p.batch])
+        tiles = parts(p.rows, height) * parts(p.columns, width)
+        warps, stages = int(self.schedule["warps"]), int(self.schedule["stages"])
+        texts, launches, scratch = [self._main(splits)], [], []
+        parameters = tuple(range(count + (splits > 1)))
+        launches.append(Launch(self.name, parameters, (tiles, batches * splits), warps, stages))
+        if splits > 1:
+            scratch.append(((sympy.Integer(splits), batches, p.rows, p.columns), torch.float32))
+            texts.append(self._sum(splits))
+            grid = parts(p.rows * p.columns, 1024)
+            launches.append(Launch(f"{self.name}_sum", parameters, (grid, batches), 4))
+        text = module([function(n, self._parameters(count, splits), lines) for n, lines in texts])
+        return self.sizes.code(text, launches, scratch)
+
+    def _parameters(self, count: int, splits: int) -> list[str]:
+        return [*(f"t{k}" for k in range(count + (splits > 1))), *self.sizes.parameters]
+
+    def _writer(self) -> Writer:
+        return Writer(self.sizes, self.product.tail.tensors, self.product.tail.loads)
+
+    def _main(self, splits: int) -> tuple[str, list[str]]:
+        p, w, s = self.product, self._writer(), self.schedule
+        height, width = int(s["rows"]), int(s["columns"])
+        cast = ".to(tl.int64)" if is_wide(p.tail.tensors) else ""
+        rows, columns = self.sizes.text(p.rows), self.sizes.text(p.columns)
+        _tiles(w, rows, columns, height, width)
+        second = w.let("tl.program_id(1)", stem="p")
+        split, batch = ("0", second) if splits == 1 else (w.let(f"{second} % {splits}"), w.let(f"{second} // {splits}"))
+        outer = w.digits(batch, p.extents[: p.batch])
+        w.line(f"row = (tile_row * {height} + tl.arange(0, {height}))[:, None]{cast}")
+        w.line(f"column = (tile_column * {width} + tl.arange(0, {width}))[None, :]{cast}")
+        self._accumulate(w, outer, split, splits)
+        if splits > 1:
+            area = f"(({split} * {self.sizes.text(sympy.Mul(*p.extents[: p.batch]))} + {batch}) * {rows} + row)"
+            inside = f"(row < {rows}) & (column < {columns})"
+            w.line(f"tl.store(t{len(p.tail.tensors)} + {area} * {columns} + column, sums, mask={inside})")
+        else:
+            self._finish(w, outer, "row", "column", "sums")
+        return self.name, w.blocks[0].lines
+
+    def _finish(self, w: Writer, outer: Sequence[str], row: str, column: str, sums: str) -> None:
+        """What follows the product, and the stores."""
+        p = self.product
+        digits = (*outer, *w.digits(row, p.extents[p.batch : -1]))
+        inside = w.let(f"{row} < {self.sizes.text(p.rows)}", stem="inside")
+        across = w.let(f"{column} < {self.sizes.text(p.columns)}", stem="inside")
+        place = Place(digits, column, inside, across)
+        w.know(p.tail.result, place, sums)
+        for o in p.tail.outputs:
+            w.store(o.access, place, w.value(o.value, place))
+
+    def _accumulate(self, w: Writer, outer: Sequence[str], split: str, splits: int) -> None:
+        p, s = self.product, self.schedule
+        height, width, block = (int(s[k]) for k in ("rows", "columns", "depth"))
+        depth = self.sizes.text(p.depth)
+        w.line(f"sums = tl.zeros([{height}, {width}], tl.float32)")
+        if bool(s["tma"]):
+            self._by_descriptors(w, height, width, block)
+            return
+        w.line(f"near = row % {self.sizes.text(p.rows)}")
+        w.line(f"across = column % {self.sizes.text(p.columns)}")
+        lead = Place((*outer, *w.digits("near", p.extents[p.batch : -1])), "0")
+        left = w.let(w.offset(Access(p.left.buffer, [*p.left.strides[:-1], sympy.Integer(0)], p.left.shift), lead)[0])
+        batch = Place((*outer, *["0"] * (len(p.extents) - 1 - p.batch)), "0")
+        right = w.let(w.offset(Access(p.right.buffer, [*p.right.strides[:-1], sympy.Integer(0)], p.right.shift), batch)[0])
+        even = p.depth.is_Integer and int(p.depth) % (block * splits) == 0
+        share = f"tl.cdiv(tl.cdiv({depth}, {block}), {splits}) * {block}"
+        first, last = ("0", depth) if splits == 1 else (w.let(f"{split} * ({share})"), None)
+        if last is None:
+            last = w.let(f"tl.minimum({first} + {share}, {depth})")
+        w.line(f"for start in range({first}, {last}, {block}):")
+        w.line(f"    along = start + tl.arange(0, {block})")
+        guards = ["", ""] if even else [", mask=along[None, :] < {}, other=0", ", mask=along[:, None] < {}, other=0"]
+        step, (down, over) = self.sizes.text(p.left_step), map(self.sizes.text, p.right_steps)
+        w.line(f"    a = tl.load(t{p.left.buffer} + {left} + along[None, :] * {step}{guards[0].format(last)})")
+        w.line(f"    b = tl.load(t{p.right.buffer} + {right} + along[:, None] * {down} + across * {over}"
+               f"{guards[1].format(last)})")  # fmt: skip
+        w.line("    sums = device.dot(a, b, sums)")
+
+    def _by_descriptors(self, w: Writer, height: int, width: int, block: int) -> None:
+        """Operands by the bulk copy engine, which fills what lies outside with zeros."""
+        p = self.product
+        rows, columns, depth = int(p.rows), int(p.columns), int(p.depth)
+        turned = p.right_steps[0] == 1  # the weight of a linear layer: [columns, depth]
+        outer, inner = (columns, depth) if turned else (depth, columns)
+        step = int(p.right_steps[1] if turned else p.right_steps[0])
+        box = [width, block] if turned else [block, width]
+        w.line(f"left = tl.make_tensor_descriptor(t{p.left.buffer}, [{rows}, {depth}], [{int(p.left.strides[0])}, 1],"
+               f" [{height}, {block}])")  # fmt: skip
+        w.line(f"right = tl.make_tensor_descriptor(t{p.right.buffer}, [{outer}, {inner}], [{step}, 1], {box})")
+        w.line(f"for start in range(0, {depth}, {block}):")
+        w.line(f"    a = left.load([tile_row * {height}, start])")
+        at = f"[tile_column * {width}, start]" if turned else f"[start, tile_column * {width}]"
+        w.line(f"    b = right.load({at}){'.T' if turned else ''}")
+        w.line("    sums = device.dot(a, b, sums)")
+
+    def _sum(self, splits: int) -> tuple[str, list[str]]:
+        """Adds up the parts of a split depth, and computes what follows."""
+        p, w = self.product, self._writer()
+        rows, columns = self.sizes.text(p.rows), self.sizes.text(p.columns)
+        batches = self.sizes.text(sympy.Mul(*p.extents[: p.batch]))
+        batch = w.let("tl.program_id(1)", stem="p")
+        outer = w.digits(batch, p.extents[: p.batch])
+        w.line("at = tl.program_id(0) * 1024 + tl.arange(0, 1024)[None, :]")
+        w.line(f"row = at // {columns}")
+        w.line(f"column = at % {columns}")
+        w.line("sums = tl.zeros([1, 1024], tl.float32)")
+        w.line(f"for part in tl.static_range({splits}):")
+        w.line(f"    area = (part * {batches} + {batch}) * {rows} * {columns} + at")
+        w.line(f"    sums += tl.load(t{len(p.tail.tensors)} + area, mask=row < {rows}, other=0)")
+        self._finish(w, outer, "row", "column", "sums")
+        return f"{self.name}_sum", w.blocks[0].lines
+
+
+def _tiles(w: Writer, rows: str, columns: str, height: int, width: int) -> None:
+    """Number of the tile, in an order in which neighbours share operands."""
+    w.line("tile = tl.program_id(0)")
+    w.line(f"down = tl.cdiv({rows}, {height})")
+    w.line(f"over = tl.cdiv({columns}, {width})")
+    w.line(f"group = tile // ({GROUP} * over)")
+    w.line(f"high = tl.minimum(down - group * {GROUP}, {GROUP})")
+    w.line(f"tile_row = group * {GROUP} + tile % ({GROUP} * over) % high")
+    w.line(f"tile_column = tile % ({GROUP} * over) // high")
