@@ -27,6 +27,7 @@ from .source import READS_LAYOUT, fast_callable
 
 # operators that return views although their schema does not say so
 SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
+CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line and a vector register
 
 
@@ -142,10 +143,11 @@ class Arenas:
     Args:
         slots: results, with offsets.
         views: nodes whose values are views of results, and of views before them; they are made once per block.
+        device: where the blocks are.
     """
 
-    def __init__(self, slots: Sequence[Slot], views: Sequence[fx.Node] = ()) -> None:
-        self.slots, self.views = list(slots), list(views)
+    def __init__(self, slots: Sequence[Slot], views: Sequence[fx.Node] = (), device: torch.device = CPU) -> None:
+        self.slots, self.views, self.device = list(slots), list(views), device
         self.size = max((s.offset + s.size for s in slots), default=0)
         self._free: list[tuple[torch.Tensor, ...]] = []
         self._lock = threading.Lock()
@@ -156,7 +158,7 @@ class Arenas:
             if self._free:
                 return self._free.pop()
         with torch.inference_mode(False):
-            block = on_large_pages(torch.empty(self.size + ALIGNMENT, dtype=torch.uint8))
+            block = on_large_pages(torch.empty(self.size + ALIGNMENT, dtype=torch.uint8, device=self.device))
             start = -block.data_ptr() % ALIGNMENT
             made: list[Any] = [_view(block[start + s.offset :][: s.size], s.destination) for s in self.slots]
             values = dict(zip([s.node for s in self.slots], made, strict=True))
@@ -170,12 +172,12 @@ class Arenas:
         self._free.append(block)  # atomic
 
 
-def views_of(slots: Sequence[Slot], choices: Sequence[Choice]) -> list[fx.Node]:
+def views_of(slots: Sequence[Slot], choices: Sequence[Choice], device: torch.device = CPU) -> list[fx.Node]:
     """Eager nodes whose values are views of results in the arena, the same in every call.
 
     An operator that may copy, such as ``reshape``, counts where it gave a view on tensors that lie as the results do.
     """
-    results = Arenas(slots).take()
+    results = Arenas(slots, device=device).take()
     values: dict[fx.Node, Any] = dict(zip([s.node for s in slots], results, strict=True))
     memory = {r.untyped_storage().data_ptr() for r in results}
     found = []

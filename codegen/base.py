@@ -132,6 +132,8 @@ class Kernel:
         schedule: the schedule it was lowered with.
         flops: floating point operations of one call.
         bytes: bytes read and written by one call.
+        asm: generated code by its kind.
+        spills: bytes of registers that spill to memory in each thread.
     """
 
     name: str
@@ -147,6 +149,7 @@ class Kernel:
     flops: int = 0
     bytes: int = 0
     asm: Mapping[str, str] = field(default_factory=dict)
+    spills: int = 0
 
 
 class Backend(Protocol):

@@ -17,6 +17,7 @@ import torch
 
 from .. import targets
 from ..passes.errors import ArtefactError, LatheError, MissingPackageError
+from ..passes.placement import placed
 from ..passes.program import Program
 from ..targets.target import Target
 from .base import Backend, Destination, Kernel, Region, Schedule
@@ -29,10 +30,12 @@ from .save import NO_KERNEL
 from .select import Choice
 from .store import library_file
 from .structure import decode_structure
+from .triton.compile import is_here
 from .versions import versions
 from .weights import decode_tensors
 
 if TYPE_CHECKING:
+    from .triton.backend import TritonBackend
     from .tvm.backend import TvmBackend
 
 Json = Any
@@ -98,6 +101,7 @@ class _Loader:
     _functions: dict[tuple[Any, str], Callable[..., Any]] = field(default_factory=dict)
     _kernels: dict[tuple[str, str], Kernel] = field(default_factory=dict)
     _made: TvmBackend | None = None
+    _gpu: TritonBackend | None = None
 
     def choices(self, stored: Json) -> list[Choice]:
         """A kernel for every stored region; together they must cover each call once."""
@@ -124,6 +128,8 @@ class _Loader:
         elif name == "tvm":
             kernel = self._loaded(region, row, schedule) if library is not None and self.native else None
             kernel = kernel or self._compiled(region, schedule)
+        elif name == "triton":
+            kernel = self._triton(region, row, schedule)
         elif name == "metaschedule" and library is not None and self.native:
             kernel = self._loaded(region, row, schedule)
             kernel = kernel and replace(kernel, backend=name, call=_aligned()(kernel.call))
@@ -136,6 +142,28 @@ class _Loader:
         seconds = decode_value(row["seconds"])
         kernel.seconds = seconds if kernel.backend == name and isinstance(seconds, float) else None
         return kernel
+
+    def _triton(self, region: Region, row: Json, schedule: Schedule) -> Kernel | None:
+        """A kernel of a GPU: from its machine code, or compiled again where another version of Triton made that."""
+        backend = self._gpu_backend()
+        if row["library"] is not None and self.native:
+            try:
+                backend.adopt(region, schedule, self.host, self.parts[f"library:{row['library']}"].data)
+            except (ArtefactError, ImportError, *MALFORMED) as error:
+                self.notes.append(f"compiled kernels do not load, and are compiled again: {_first_line(error)}")
+                self.counts["recompilations"] = self.counts.get("recompilations", 0) + 1
+        try:
+            return self._lowered(backend, region, schedule)
+        except NO_KERNEL as error:
+            self.notes.append(f"a region of triton runs eagerly: {_first_line(error)}")
+            return None
+
+    def _gpu_backend(self) -> TritonBackend:
+        from .triton.backend import TritonBackend
+
+        if self._gpu is None:
+            self._gpu = TritonBackend(self.program)
+        return self._gpu
 
     def _lowered(self, backend: Backend, region: Region, schedule: Schedule) -> Kernel | None:
         reason = backend.supports(region, self.host)
@@ -222,7 +250,9 @@ def _rebuild(
     structure, plan = json_parts["structure"], json_parts["plan"]
     specs = decode_structure(structure["in"], inputs=True), decode_structure(structure["out"], inputs=False)
     program = decode_program(json_parts["graph"], weights, *specs)
-    host = targets.get("cpu")
+    host = _target_of(facts)
+    if host.device == "cuda" and is_here(host) and program.device.type == "cpu":
+        program = placed(program, torch.device("cuda", torch.cuda.current_device()))
     foreign = _foreign(facts, host)
     counts = {str(k): int(v) for k, v in plan["counts"].items()}
     loader = _Loader(program, host, parts, tensors, native and foreign is None, counts)
@@ -237,16 +267,26 @@ def _rebuild(
         if counts != plan["counts"]:
             report["counts"] = {**report.get("counts", {}), **counts}
         report = decode_report(report) if decode_report is not None else report
-    result = Executable(program, choices, report=report)
-    result.counts = counts
+    result = Executable(program, choices, report=report, target=host)
+    result.counts.update(counts)
     return result
+
+
+def _target_of(facts: Mapping[str, Any]) -> Target:
+    """The target that a file's kernels run on: the GPU that it names, else this host's CPU."""
+    name = str(facts["target"]["name"])
+    gpus = [n for n in targets.names() if n == "cuda" or n.startswith(("nvidia-", "amd-"))]
+    try:
+        return targets.get(name) if name in gpus else targets.get("cpu")
+    except targets.NoDeviceError as error:
+        raise ArtefactError(f"the file was made on a GPU, and this host has none: {error}") from error
 
 
 def _foreign(facts: Mapping[str, Any], host: Target) -> str | None:
     """What differs from the machine that compiled the kernels of a file, None if they run here as they are."""
     made, here = facts["versions"], versions()
     if facts["target"]["fingerprint"] != targets.fingerprint(host):
-        return "on another CPU"
+        return f"on another {'CPU' if host.device == 'cpu' else 'GPU'}"
     return next((f"with {k} {made[k]} (here: {here[k]})" for k in ("tvm", "system") if made[k] != here[k]), None)
 
 

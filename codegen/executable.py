@@ -10,17 +10,18 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from .. import targets
 from ..passes.errors import InputError
 from ..passes.program import Program
+from ..targets.target import Target
 from .arena import Arenas, plan, verify, views_of
 from .base import Destination
+from .graphs import Graphs
 from .guards import guard_source
 from .pages import LARGE, on_large_pages
 from .save import save
 from .select import Choice
 from .source import Source, releases
-
-CPU = torch.device("cpu")
 
 
 class Executable(torch.nn.Module):
@@ -35,17 +36,22 @@ class Executable(torch.nn.Module):
         choices: a kernel for every region of the program, in order.
         model: the original module; attributes that the executable lacks are looked up on it.
         report: what the optimizer did.
+        target: what the kernels were lowered for; this host's CPU if it is left out.
         num_threads: threads of every call; None takes what `torch.set_num_threads` says at the call.
     """
 
     num_threads: int | None = None
 
-    def __init__(self, program: Program, choices: Sequence[Choice], *, model: Any = None, report: Any = None) -> None:
+    def __init__(self, program: Program, choices: Sequence[Choice], *, model: Any = None, report: Any = None,
+                 target: Target | None = None) -> None:  # fmt: skip
         super().__init__()
+        self.target = target or targets.get("cpu")
         self.program, self.choices, self.report = program, list(choices), report
         self.counts: dict[str, int] = {"eager fallbacks": 0}
         self.__dict__["_model"] = model
-        self._run, self.source, self.premade = _assemble(program, self.choices)
+        self.device = program.device
+        self._plain, self.source, self.premade = _assemble(program, self.choices, self.device)
+        self._run = Graphs(self._plain, self.counts) if self.device.type == "cuda" else self._plain
         self._leaves = _plain_structure(program)
         self._unflatten = _result_builder(program)
         self._slots = [(s.slot, s.output) for s in program.state]
@@ -168,7 +174,7 @@ class Executable(torch.nn.Module):
 
     def save(self, path: str) -> None:
         """Write the artefact: one file with graph, weights, kernels, report and a checked manifest."""
-        save(self.program, self.choices, path, report=self.report, counts=self.counts)
+        save(self.program, self.choices, path, target=self.target, report=self.report, counts=self.counts)
 
 
 @contextlib.contextmanager
@@ -234,7 +240,8 @@ def _detached(results: Sequence[Any], positions: Sequence[int]) -> list[Any]:
     return found
 
 
-def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[..., Any], str, frozenset[fx.Node]]:
+def _assemble(program: Program, choices: Sequence[Choice],
+              device: torch.device) -> tuple[Callable[..., Any], str, frozenset[fx.Node]]:  # fmt: skip
     """One function over the flat inputs that guards them, calls every kernel in order and returns the flat outputs.
 
     Also its text, and the nodes that no call computes: views that were made with the arena.
@@ -251,7 +258,7 @@ def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[...
     slots = plan(program, choices)
     if slots:
         verify(slots, [c.region for c in choices])
-        arenas = Arenas(slots, views_of(slots, choices))
+        arenas = Arenas(slots, views_of(slots, choices, device), device)
         block = {node: f"b{k}" for k, node in enumerate([*(s.node for s in slots), *arenas.views])}
         source.lines.append(f"block = {source.bind(arenas.take, 'take')}()")
         source.lines.append(f"{', '.join(block.values())}, = block")
@@ -261,7 +268,7 @@ def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[...
     steps = [(list(c.region.inputs), list(c.region.outputs)) for c in choices]
     dead = releases(steps, [*outputs, *(n for n in names if n.op == "get_attr")])
     for choice, done in zip(choices, dead, strict=True):
-        _emit(source, choice, names, block)
+        _emit(source, choice, names, block, device)
         dying = [names[n] for n in done if n not in block]
         if dying:
             source.lines.append(f"del {', '.join(dying)}")
@@ -276,7 +283,8 @@ def _assemble(program: Program, choices: Sequence[Choice]) -> tuple[Callable[...
     return (*source.build(parameters, result), premade)
 
 
-def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapping[fx.Node, str]) -> None:
+def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapping[fx.Node, str],
+          device: torch.device) -> None:  # fmt: skip
     region, kernel = choice.region, choice.kernel
     if kernel.backend == "eager":
         for node in region.nodes:
@@ -295,14 +303,14 @@ def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapp
     inputs = [names[n] for n in region.inputs] + [source.bind(c, "w") for c in kernel.constants]
     if kernel.destinations is not None:
         fresh = [(names[n], d) for n, d in zip(region.outputs, kernel.destinations, strict=True) if n not in block]
-        _emit_buffers(source, fresh, region.inputs, names)
+        _emit_buffers(source, fresh, region.inputs, names, device)
         source.lines.append(f"{source.bind(kernel.call, 'kernel')}({', '.join([*inputs, *made])})")
     else:
         source.lines.append(f"{', '.join(made)} = {source.bind(kernel.call, 'kernel')}({', '.join(inputs)})")
 
 
 def _emit_buffers(source: Source, fresh: Sequence[tuple[str, Destination]], inputs: Sequence[fx.Node],
-                  names: Mapping[fx.Node, str]) -> None:  # fmt: skip
+                  names: Mapping[fx.Node, str], device: torch.device) -> None:  # fmt: skip
     """Allocate the results that are not in the arena."""
     empty = source.bind(torch.empty, "empty")
     for name, destination in fresh:
@@ -310,9 +318,9 @@ def _emit_buffers(source: Source, fresh: Sequence[tuple[str, Destination]], inpu
             str(e) if isinstance(e, int) else f"{names[inputs[e[0]]]}.shape[{e[1]}]" for e in destination.stored()
         ]
         shape = f"({', '.join(extents)},)" if extents else "()"
-        dtype, cpu = source.bind(destination.dtype, "dtype"), source.bind(CPU, "device")
+        dtype, place = source.bind(destination.dtype, "dtype"), source.bind(device, "device")
         turned = "" if destination.order is None else f".permute({destination.seen()})"
-        made = f"{empty}({shape}, dtype={dtype}, device={cpu})"
-        if not 0 < destination.bytes < LARGE:
+        made = f"{empty}({shape}, dtype={dtype}, device={place})"
+        if device.type == "cpu" and not 0 < destination.bytes < LARGE:
             made = f"{source.bind(on_large_pages, 'large')}({made})"
         source.lines.append(f"{name} = {made}{turned}")

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..passes.errors import LowerError
 from ..passes.program import Program
 from ..targets.target import Target
-from .base import Backend, Schedule
+from .base import Backend, Kernel, Region, Schedule
 from .eager import EagerBackend
 from .executable import Executable
 from .onednn import OnednnBackend
 from .partition import partition
 from .select import Choice, select
 from .tuner import Tuner
+
+CANDIDATES = 4  # schedules that are compiled where none can be timed
 
 
 def backends(program: Program, target: Target, search: bool = False) -> tuple[list[Backend], list[str]]:
@@ -43,6 +46,13 @@ def backends(program: Program, target: Target, search: bool = False) -> tuple[li
                 searched = [MetaScheduleBackend(found[0])]
         found.append(OnednnBackend(program))
         found += searched
+    elif target.device == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            notes.append("triton is not installed: every region runs eagerly; pip install 'torchlathe[gpu]'")
+        else:
+            from .triton.backend import TritonBackend
+
+            found.append(TritonBackend(program))
     return found, notes
 
 
@@ -76,15 +86,36 @@ def lower_unmeasured(program: Program, target: Target) -> list[Choice]:
         from .tvm.token_family import TokenFamily
 
         rivals.append(TvmBackend(program, families=(TokenFamily(),)))
+    return _likely(program, rivals, target)
+
+
+def lower_ahead(program: Program, target: Target) -> tuple[list[Choice], list[str]]:
+    """The likeliest kernel for each region, for a device that need not be here; notes on what is missing."""
+    rivals, notes = backends(program, target)
+    return _likely(program, rivals, target), notes
+
+
+def _likely(program: Program, rivals: Sequence[Backend], target: Target) -> list[Choice]:
     eager, choices = EagerBackend(), []
     for region in partition(program, rivals, target):
         kernel = eager.lower(region, target, Schedule())
         for backend in rivals:
             if backend.supports(region, target) is None:
                 with contextlib.suppress(LowerError):
-                    kernel = backend.lower(region, target, next(iter(backend.space(region, target))))
+                    kernel = _likeliest(backend, region, target)
         choices.append(Choice(region, kernel))
     return choices
+
+
+def _likeliest(backend: Backend, region: Region, target: Target) -> Kernel:
+    """The first schedule whose kernel keeps its values in registers; of the first few the one that spills least."""
+    kernels = []
+    for schedule in itertools.islice(backend.space(region, target), CANDIDATES):
+        kernel = backend.lower(region, target, schedule)
+        if kernel.spills == 0:
+            return kernel
+        kernels.append(kernel)
+    return min(kernels, key=lambda k: k.spills)
 
 
 def lower_eager(program: Program, target: Target) -> list[Choice]:
@@ -95,4 +126,4 @@ def lower_eager(program: Program, target: Target) -> list[Choice]:
 
 def trial(program: Program, target: Target) -> Executable:
     """An executable that is quick to build, for judging rewrites by their time."""
-    return Executable(program, lower_unmeasured(program, target))
+    return Executable(program, lower_unmeasured(program, target), target=target)

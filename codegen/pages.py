@@ -19,7 +19,7 @@ LARGE = 4 << 20  # bytes from which on asking pays
 def on_large_pages(tensor: torch.Tensor) -> torch.Tensor:
     """The same tensor, fresh and not yet written; its memory will come in large pages if it is large."""
     size = tensor.nbytes
-    if size >= LARGE and (advise := _advise()) is not None:
+    if size >= LARGE and tensor.is_cpu and (advise := _advise()) is not None:
         start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         advise(start, (tensor.data_ptr() + size - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
     return tensor

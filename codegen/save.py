@@ -15,6 +15,7 @@ import torch
 from .. import targets
 from ..passes.errors import ArtefactError, LatheError
 from ..passes.program import Program
+from ..targets.target import Target
 from .base import Destination, Kernel
 from .container import Part, write_container
 from .graph_json import encode_program, encode_value
@@ -33,12 +34,14 @@ def save(
     choices: Sequence[Choice],
     path: str | os.PathLike[str],
     *,
+    target: Target | None = None,
     report: Any = None,
     counts: Mapping[str, int] | None = None,
 ) -> None:
     """Write a program and the kernels chosen for it as one file, whole or not at all.
 
     Args:
+        target: what the kernels were lowered for; this host's CPU if it is left out.
         report: the report, as a dictionary or with `to_dict`.
         counts: fallbacks and recompilations so far.
 
@@ -59,8 +62,8 @@ def save(
     parts = [Part(k, "json", json.dumps(v, allow_nan=False).encode()) for k, v in documents.items()]
     parts.append(Part("weights", "weights", weights))
     parts += [Part(f"library:{i}", "library", data) for i, data in enumerate(libraries)]
-    host = targets.get("cpu")
-    facts = {"versions": versions(), "target": {"name": host.name, "fingerprint": targets.fingerprint(host)}}
+    target = target or targets.get("cpu")
+    facts = {"versions": versions(), "target": {"name": target.name, "fingerprint": targets.fingerprint(target)}}
     write_container(path, facts, parts)
 
 

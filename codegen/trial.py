@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from ..passes.verify import difference
 from ..targets.measure import compare_many, time_calls
+from ..targets.measure_gpu import compare_kernels
 from ..targets.target import Target
 from .base import Backend, Kernel, Region, Schedule
 from .eager import EagerBackend
@@ -66,15 +67,26 @@ def hold(
     calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
     tell("timing")
     if len(calls) == 1:
-        seconds = time_calls(calls[REFEREE], budget=0.01, warmup=1, min_rounds=3).median
-        return Trial(seconds=seconds, refused=refused, kernel=kernels[REFEREE])
-    rivals = {name: timing.median for name, timing in compare_many(calls, budget=budget).items()}
+        return Trial(seconds=_timed(calls, values, 0.01)[REFEREE], refused=refused, kernel=kernels[REFEREE])
+    rivals = _timed(calls, values, budget)
     best = min(rivals, key=rivals.__getitem__)
     if best != REFEREE and rivals[best] > GAIN * rivals[REFEREE]:
         refused[best] = "not measurably faster than eager"
         best = REFEREE
     kernel = kernels[best]
     return Trial(kernel.backend, kernel.schedule, rivals[best], rivals, refused, kernel)
+
+
+def _timed(calls: Mapping[str, Callable[[], Any]], values: Sequence[Any], budget: float) -> dict[str, float]:
+    """Median seconds of each candidate."""
+    device = device_of(values)
+    if device.type == "cuda":
+        seen = compare_kernels(calls, device, budget)
+    elif len(calls) == 1:
+        seen = {name: time_calls(call, budget=budget, warmup=1, min_rounds=3) for name, call in calls.items()}
+    else:
+        seen = compare_many(calls, budget=budget)
+    return {name: timing.median for name, timing in seen.items()}
 
 
 def encode_trial(trial: Trial) -> Json:
@@ -114,7 +126,9 @@ def _candidates(
             refused[backend.name] = reason
             continue
         for schedule in backend.space(region, target):
-            wanted = run_kernel(referee, values) if wanted is None else wanted
+            if wanted is None:
+                wanted = run_kernel(referee, values)
+                prepare(backend, region, target)
             label = f"{backend.name} {schedule}"
             if label in skip:
                 continue
@@ -132,6 +146,13 @@ def _candidates(
     return kernels, refused
 
 
+def prepare(backend: Backend, region: Region, target: Target) -> None:
+    """Let a backend that can compile several candidates at once begin with all of them."""
+    begin = getattr(backend, "prepare", None)
+    if begin is not None:
+        begin(region, target)
+
+
 def run_kernel(kernel: Kernel, values: Sequence[Any]) -> list[Any]:
     """Call a kernel, allocating its destinations if it has any. Returns the list of its outputs."""
     if kernel.destinations is not None:
@@ -145,12 +166,17 @@ def run_kernel(kernel: Kernel, values: Sequence[Any]) -> list[Any]:
 def allocate(kernel: Kernel, values: Sequence[Any]) -> list[torch.Tensor]:
     """Fresh output buffers for a kernel with destinations, sized by its inputs."""
     assert kernel.destinations is not None
-    buffers = []
+    buffers, device = [], device_of(values)
     for d in kernel.destinations:
         sizes = [e if isinstance(e, int) else values[e[0]].shape[e[1]] for e in d.stored()]
-        buffer = on_large_pages(torch.empty(sizes, dtype=d.dtype))
+        buffer = on_large_pages(torch.empty(sizes, dtype=d.dtype, device=device))
         buffers.append(buffer if d.order is None else buffer.permute(d.seen()))
     return buffers
+
+
+def device_of(values: Iterable[Any]) -> torch.device:
+    """The device of the first tensor; the CPU if there is none."""
+    return next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
 
 
 def _bound(kernel: Kernel, values: Sequence[Any]) -> Callable[[], Any]:

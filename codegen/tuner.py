@@ -87,7 +87,8 @@ class Tuner:
 
     def _hold(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
               values: Sequence[Any]) -> Trial:  # fmt: skip
-        isolated = self.isolated and workshop().possible
+        # a child would need a context of its own on a GPU, and copies of all values: candidates are tried here
+        isolated = self.isolated and target.device == "cpu" and workshop().possible
         if not isolated or guess(region, backends, target)[0].name == REFEREE:
             return hold(region, backends, target, values, self.each)
         skip: dict[str, str] = {}

@@ -16,6 +16,8 @@ from .. import passes as P
 from .. import targets
 from ..codegen.cache import load as load_artefact
 from ..codegen.executable import Executable, threads
+from ..codegen.trial import device_of
+from ..codegen.triton.compile import interpreted, is_here
 from ..codegen.tuner import LEVELS, Tuner
 from ..codegen.versions import versions
 from ..passes.axes import analyse
@@ -24,9 +26,10 @@ from ..passes.capture import capture
 from ..passes.errors import InputError, LatheError, UnknownNameError
 from ..passes.program import Program
 from ..targets.folder import cache_folder
+from ..targets.measure_gpu import settled
 from ..targets.records import Records
 from ..targets.target import Target
-from .judge import Judge, lower_and_judge, outputs_of, recorded
+from .judge import Judge, compile_ahead, lower_and_judge, outputs_of, recorded
 from .kernels import kernel_rows
 from .pipeline import PASSES, run_passes
 from .quality import Quality, score
@@ -50,6 +53,7 @@ def optimize(
     level: str = "default",
     budget: float = 120.0,
     num_threads: int | None = None,
+    aot: bool = False,
     progress: Progress | None = None,
 ) -> Executable:
     """A faster drop-in for `model` on `target`, with a report of what was done.
@@ -58,7 +62,7 @@ def optimize(
         model: a module in eval mode, or an ExportedProgram.
         args: example positional inputs; shapes are fixed to theirs unless `dynamic_shapes` says otherwise.
         kwargs: example keyword inputs.
-        target: name of a target that this host can run, or a Target.
+        target: name of a target that this host can run, or a Target. Inputs on a GPU mean ``cuda``, this host's GPU.
         passes: apply exactly these, in this order (instances or names; ``default`` names the standard list).
         data: calibration batches, each a tuple of positional inputs; the report states the agreement on them.
         quality: budget for lossy passes; without one a lossy pass that `passes` names stays if it is faster.
@@ -68,6 +72,8 @@ def optimize(
             on record; ``max`` takes five times as long, and searches schedules for operators without a template.
         budget: seconds of trying candidate kernels, after which the likeliest are taken.
         num_threads: threads of the result, whatever `torch.set_num_threads` says when it is called.
+        aot: compile ahead of time for a GPU that need not be here. Nothing is measured, the likeliest kernels are
+            taken, and the result is there to be saved, and loaded where the GPU is.
         progress: called with a short sentence at each step.
 
     Measurements are kept in the cache folder (see `TORCHLATHE_CACHE`): a second call with the same model measures
@@ -79,20 +85,21 @@ def optimize(
         UnknownNameError: no pass or target of that name.
     """
     start, tell = time.perf_counter(), progress or (lambda sentence: None)
-    chosen, rewrites = _runnable(target), _chosen(passes)
     _check_example(args)
+    chosen, rewrites = _runnable(target, (args, kwargs), aot), _chosen(passes)
     tell("capture")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
     original = model if isinstance(model, torch.nn.Module) else None
-    tuner = make_tuner(level, budget)
+    measured = not aot and not (chosen.device == "cuda" and interpreted())
+    tuner = make_tuner(level if measured else "fast", budget)
     with threads(num_threads):
         result = compile_program(program, flat, chosen, rewrites, original=original, data=data, quality=quality,
-                                 limit=limit, tuner=tuner, progress=tell)  # fmt: skip
+                                 limit=limit, tuner=tuner, progress=tell, aot=aot)  # fmt: skip
         result.num_threads = num_threads
     report = result.report
     report.model = type(model).__name__
-    if original is not None and not program.state and level != "fast":
+    if original is not None and not program.state and tuner.level != "fast":
         _compare_with_model(result, original, args, kwargs or {}, tuner.records, tell)
     report.took = time.perf_counter() - start
     return result
@@ -110,6 +117,7 @@ def compile_program(
     limit: int | None = None,
     timed: bool = True,
     tuner: Tuner | None = None,
+    aot: bool = False,
     progress: Progress | None = None,
 ) -> Executable:
     """Rewrite and lower a captured program; the part that both doors share.
@@ -119,6 +127,7 @@ def compile_program(
         original: the module whose attributes the executable passes through.
         timed: judge rewrites by time as well as by answers.
         tuner: chooses kernels; one with the user's records by default.
+        aot: compile kernels without running them.
     """
     tuner = tuner or make_tuner()
     before, flat = program.text(), [_dense(v) for v in flat]
@@ -128,7 +137,10 @@ def compile_program(
     judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records, original=program,
                   batches=batches)  # fmt: skip
     best, steps, judge = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
-    result, step, notes = lower_and_judge(best, target, judge, tuner, progress)
+    if aot:
+        result, step, notes = compile_ahead(best, target)
+    else:
+        result, step, notes = lower_and_judge(best, target, judge, tuner, progress)
     result.__dict__["_model"] = original
     report = Report("", target.name, _device(target), [*steps, step], kernel_rows(result, target), notes=notes)
     report.graph_before, report.graph_after, report.versions = before, best.text(), versions()
@@ -221,10 +233,21 @@ def find_target(name: str) -> Target:
         raise LatheError(str(error)) from error
 
 
-def _runnable(target: str | Target) -> Target:
+def _runnable(target: str | Target, example: Any, aot: bool) -> Target:
+    if target == "cpu" and device_of(pytree.tree_leaves(example)).type == "cuda":
+        target = "cuda"
     chosen = target if isinstance(target, Target) else find_target(target)
+    if chosen.device == "cuda":
+        if not (aot or interpreted() or is_here(chosen)):
+            raise LatheError(
+                f"the target {chosen.name} is not in this host, and a rewrite is only kept if it is measured",
+                next_step="aot=True (or --aot) compiles ahead of time for it; explain() works for every target",
+            )
+        return chosen
     host = targets.get("cpu")
-    if chosen.device != "cpu" or not chosen.features <= host.features:
+    if aot:
+        raise LatheError("ahead of time is for GPUs that are not here", next_step="leave aot out for a CPU")
+    if not chosen.features <= host.features:
         raise LatheError(
             f"the target {chosen.name} cannot run on this host, and a rewrite is only kept if it is measured",
             next_step="use target='cpu' here; explain() works for every target",
@@ -248,11 +271,10 @@ def _compare_with_model(result: Executable, model: torch.nn.Module, args: Sequen
     report = result.report
     kernels = [f"{c.kernel.backend} {c.kernel.schedule}" for c in result.choices]
     ours = [report.graph_after, kernels, result.num_threads]
-    what = (find_target("cpu"), [type(model).__qualname__, report.graph_before], ours)
+    what = (result.target, [type(model).__qualname__, report.graph_before], ours)
+    calls = [settled(c, result.device) for c in (lambda: model(*args, **kwargs), lambda: result(*args, **kwargs))]
     with torch.no_grad():
-        seen = recorded(
-            records, what, 1.5, lambda: lambda: model(*args, **kwargs), lambda: lambda: result(*args, **kwargs)
-        )
+        seen = recorded(records, what, 1.5, lambda: calls[0], lambda: calls[1])
     report.eager_seconds, report.seconds = seen.a.median, seen.b.median
     report.ratio, report.ratio_low, report.ratio_high = 1 / seen.ratio, 1 / seen.high, 1 / seen.low
     if seen.slower:
@@ -275,4 +297,6 @@ def _example_of(model: Any) -> list[Any]:
 
 
 def _device(target: Target) -> str:
+    if target.device == "cuda":
+        return f"{target.vendor} {target.model}, {target.mcpu}, {target.cores} multiprocessors"
     return f"{target.vendor}, {target.cores} cores, {target.vector_bits}-bit vectors"

@@ -12,10 +12,12 @@ from torch import fx
 
 from .. import targets
 from ..codegen.executable import Executable
+from ..codegen.trial import device_of
 from ..passes.capture import capture_graph
 from ..passes.errors import LatheError, UnknownNameError
 from ..passes.program import Program
 from ..targets.measure import compare
+from ..targets.measure_gpu import settled
 from .api import compile_program
 from .pipeline import PASSES
 
@@ -39,8 +41,9 @@ def compile_graph(module: fx.GraphModule, example_inputs: Sequence[Any], **optio
     tensors = [i for i in example_inputs if isinstance(i, torch.Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return module.forward
-    if any(t.device.type != "cpu" for t in tensors):
-        log.warning("torchlathe compiles CPU graphs only so far: this graph runs unchanged")
+    kinds = {t.device.type for t in tensors if t.dim()}
+    if len(kinds) > 1 or not kinds <= {"cpu", "cuda"}:
+        log.warning("torchlathe compiles graphs on one CPU or GPU: this graph runs unchanged")
         return module.forward
     given = dict(options.get("options") or {}) | {k: v for k, v in options.items() if k != "options"}
     if unknown := set(given) - {"timed"}:
@@ -84,7 +87,8 @@ class _Door:
         self.static = tuple(static)
         self.dynamic = tuple(i for i in range(len(inputs)) if i not in set(static))
         flat = [_concrete(inputs[i]) for i in self.dynamic]
-        executable = compile_program(program, flat, targets.get("cpu"), PASSES, timed=self.timed)
+        target = targets.get(device_of(inputs).type)
+        executable = compile_program(program, flat, target, PASSES, timed=self.timed)
         known = tuple((inputs[i], _version(inputs[i]), inputs[i].data_ptr()) for i in self.static)
         self.variants = [(known, executable), *self.variants]  # other threads may be walking the old list
         self.compiled += 1
@@ -96,7 +100,8 @@ class _Door:
             return False
         values = [_concrete(i) for i in inputs]
         with torch.no_grad():
-            seen = compare(lambda: self.module.forward(*values), lambda: self(*values), budget=0.3)
+            plain = settled(lambda: self.module.forward(*values), executable.device)
+            seen = compare(plain, settled(lambda: self(*values), executable.device), budget=0.3)
         return seen.slower
 
     def __call__(self, *inputs: Any) -> Any:
@@ -152,8 +157,8 @@ def _concrete(value: Any) -> Any:
         return value
     shape = [s if isinstance(s, int) else s.node.hint for s in value.shape]
     if value.is_floating_point():
-        return torch.randn(shape, dtype=value.dtype)
-    return torch.zeros(shape, dtype=value.dtype)
+        return torch.randn(shape, dtype=value.dtype, device=value.device)
+    return torch.zeros(shape, dtype=value.dtype, device=value.device)
 
 
 def _bind(program: Program, constants: dict[int, torch.Tensor]) -> Program:

@@ -88,6 +88,7 @@ def optimize(
     limit: Annotated[int | None, typer.Option(min=0, help="stop after this many rewrites")] = None,
     level: Annotated[str, typer.Option(help="fast measures nothing; default and max measure kernels")] = "default",
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the result")] = None,
+    aot: Annotated[bool, typer.Option("--aot", help="compile ahead of time for a GPU that need not be here")] = False,
     debug: Debug = False,
 ) -> None:
     """Optimize a model, print the report, and save the result."""
@@ -96,7 +97,7 @@ def optimize(
         from . import api
 
         fast = api.optimize(model, args, kwargs, target=target, passes=_names(passes), limit=limit, level=level,
-                            num_threads=threads, progress=say)  # fmt: skip
+                            num_threads=threads, aot=aot, progress=say)  # fmt: skip
         written = _write(fast.report, html, json_path)
         if out is not None:
             say("saving")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..codegen.executable import Executable
-from ..codegen.lower import lower, lower_eager, trial
+from ..codegen.lower import lower, lower_ahead, lower_eager, trial
 from ..codegen.tuner import Tuner
 from ..codegen.versions import fingerprint_of_code, versions
 from ..passes.base import Context, Fidelity, Pass
@@ -20,6 +20,7 @@ from ..passes.program import Program
 from ..passes.verify import reason_against, same_answers, well_formed
 from ..targets import cost
 from ..targets.measure import Comparison, Timing, compare
+from ..targets.measure_gpu import settled
 from ..targets.records import Records, key_of
 from ..targets.target import Target, fingerprint
 from .quality import score
@@ -120,7 +121,7 @@ class Judge:
         return self._verdict(seen, step, Fidelity.EXACT)
 
     def _call(self, executable: Executable) -> Callable[[], Any]:
-        return lambda: executable.measured(self.inputs)
+        return settled(lambda: executable.measured(self.inputs), executable.device)
 
     def _verdict(self, seen: Comparison, step: Step, fidelity: Fidelity) -> Step:
         step = replace(
@@ -176,16 +177,27 @@ def lower_and_judge(
     """Lower the final program; the measured kernels stay if, as a whole, they beat plain operators."""
     start = time.perf_counter()
     choices, notes = lower(program, target, judge.inputs, tuner, progress)
-    plain = Executable(program, lower_eager(program, target))
+    plain = Executable(program, lower_eager(program, target), target=target)
     sites = sum(c.kernel.backend != "eager" for c in choices)
     step = Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
     if sites == 0:
         step, result = replace(step, refusal="no backend beats plain operators anywhere"), plain
     else:
-        result = Executable(program, choices)
+        result = Executable(program, choices, target=target)
         step = judge.decide_lowering(plain, result, target, step)
         result = result if step.kept else plain
     return result, replace(step, took=time.perf_counter() - start), notes
+
+
+def compile_ahead(program: Program, target: Target) -> tuple[Executable, Step, list[str]]:
+    """Lower the final program for a device that is not here: nothing is measured, and kernels are not run."""
+    start = time.perf_counter()
+    choices, notes = lower_ahead(program, target)
+    sites = sum(c.kernel.backend != "eager" for c in choices)
+    step = Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
+    notes.append(f"compiled ahead of time for {target.name}: rewrites were checked on the CPU, kernels were not run")
+    result = Executable(program, choices, target=target)
+    return result, replace(step, kept=True, took=time.perf_counter() - start), notes
 
 
 def counts(program: Program, when: str) -> dict[str, Any]:

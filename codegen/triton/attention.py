@@ -25,7 +25,7 @@ from .writer import Writer
 
 # queries, keys of a tile, warps, stages; the likelier first
 TILES = ((128, 64, 4, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 2), (64, 32, 4, 4))
-FULL = ((64, 32, 4, 2), (32, 32, 4, 2), (64, 64, 8, 2))  # float32
+FULL = ((32, 32, 4, 2), (64, 32, 8, 2), (64, 64, 8, 2))  # float32
 DECODE = ((64, 4, 2), (128, 4, 2), (32, 2, 3))  # keys, warps, stages
 FEW_QUERIES = 16
 LOG2E = 1 / math.log(2)
@@ -130,7 +130,8 @@ class _Template:
         scratch = []
         if split:
             area = (sympy.Integer(splits), heads, p.queries * pack)
-            scratch = [((*area, sympy.Integer(p.value_features)), torch.float32), ((*area, sympy.Integer(2)), torch.float32)]
+            last = sympy.Integer(p.value_features), sympy.Integer(2)
+            scratch = [((*area, n), torch.float32) for n in last]
             texts.append((f"{self.name}_sum", self._join()))
             launches.append(Launch(f"{self.name}_sum", tensors, (p.queries * pack, heads), 1))
         parameters = [*(f"t{k}" for k in tensors), *self.sizes.parameters]
@@ -239,7 +240,9 @@ class _Template:
             per_query = p.mask_per_query
             guards = [f"(key < {keys})"] * edge + ["real"] * per_query
             guard = f", mask={' & '.join(guards)}, other=0" if guards else ""
-            lines.append(f"m = tl.load({self._address('mask', bases['mask'], query if per_query else '0', 'key')}{guard})")
+            lines.append(
+                f"m = tl.load({self._address('mask', bases['mask'], query if per_query else '0', 'key')}{guard})"
+            )
             if p.tensors[p.position["mask"]].dtype is torch.bool:
                 lines.append(f"scores = tl.where(m, scores, {hide})")
             else:

@@ -1,10 +1,14 @@
-"""The triton backend: regions of one kernel family each, lowered to generated Triton kernels for NVIDIA and AMD GPUs."""
+"""The triton backend: regions of one kernel family each, lowered to generated kernels for NVIDIA and AMD GPUs."""
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import fx
@@ -13,15 +17,24 @@ from ...passes.errors import LowerError
 from ...passes.program import Program
 from ...targets.target import Target, fingerprint
 from ..base import Destination, Extent, Kernel, Region, Schedule
+from ..container import write_atomically
 from ..plans.rules import name_of
 from ..plans.values import Unsupported, devices
 from .attention import AttentionFamily
 from .code import Code
-from .compile import Binary, Runner, absent, compile_launch, interpreted, is_here, resources
+from .compile import Binary, compile_launch, interpreted, is_here, resources, runner
 from .matmul import MatmulFamily
 from .rows import RowFamily
+from .stored import decode, encode
 
 LARGEST = 48  # operators of one kernel
+Made = tuple[Code, list[Binary]]
+
+
+@functools.cache
+def _compilers() -> ThreadPoolExecutor:
+    """Threads that compile: the compiler works outside of Python's lock."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1), "torchlathe-triton")
 
 
 class Lowering(Protocol):
@@ -87,7 +100,7 @@ class TritonBackend:
     program: Program | None = None
     name: str = "triton"
     families: tuple[Family, ...] = FAMILIES
-    _compiled: dict[tuple[str, str], tuple[Code, list[Binary]]] = field(default_factory=dict, repr=False)
+    _compiled: dict[tuple[str, str], Future[Made]] = field(default_factory=dict, repr=False)
 
     def absorbs(self, node: fx.Node) -> bool:
         """None."""
@@ -124,23 +137,33 @@ class TritonBackend:
         name = self._named(region)
         try:
             plan = self._plan(region, target)
-            key = region.key(self.program), f"{schedule} {fingerprint(target)}"
-            if key not in self._compiled:
-                self._compiled[key] = self._make(plan, name, schedule, target)
-            code, binaries = self._compiled[key]
+            code, binaries = self._begun(plan, name, region, target, schedule).result()
             destinations = tuple(_destination(node, region, plan.order) for node in region.outputs)
             constants = plan.constants(schedule, target)
         except Unsupported as reason:
             raise LowerError(str(reason), node=region.nodes[0].name, by=self.name) from reason
-        here = interpreted() or is_here(target)
-        call: Any = Runner(code, target, binaries) if here else absent(target)
         return Kernel(
-            name, self.name, call, destinations, constants=constants, source=code.text, schedule=schedule,
+            name, self.name, runner(code, binaries, target), destinations, constants=constants,
+            source=code.text, schedule=schedule,
             flops=plan.flops, outputs=len(region.outputs), bytes=sum(_bytes(t) for t in plan.tensors),
-            asm=_asm(binaries),
+            asm=_asm(binaries), spills=max((b.spills for b in binaries), default=0),
+            library=lambda path: write_atomically(Path(path), [encode(code, binaries)]),
         )  # fmt: skip
 
-    def _make(self, plan: Lowering, name: str, schedule: Schedule, target: Target) -> tuple[Code, list[Binary]]:
+    def prepare(self, region: Region, target: Target) -> None:
+        """Begin to compile all candidates at once."""
+        if not interpreted():
+            plan, name = self._plan(region, target), self._named(region)
+            for schedule in plan.space(target):
+                self._begun(plan, name, region, target, schedule)
+
+    def _begun(self, plan: Lowering, name: str, region: Region, target: Target, schedule: Schedule) -> Future[Made]:
+        key = region.key(self.program), f"{schedule} {fingerprint(target)}"
+        if key not in self._compiled:
+            self._compiled[key] = _compilers().submit(self._make, plan, name, schedule, target)
+        return self._compiled[key]
+
+    def _make(self, plan: Lowering, name: str, schedule: Schedule, target: Target) -> Made:
         code = plan.code(name, schedule, target)
         if interpreted():
             return code, []
@@ -151,6 +174,12 @@ class TritonBackend:
                 raise LowerError(f"{binary.shared} bytes of shared memory, {target.name} has {target.caches[0]}",
                                  by=self.name)  # fmt: skip
         return code, [b if is_here(target) else resources(b) for b in binaries]
+
+    def adopt(self, region: Region, schedule: Schedule, target: Target, data: bytes) -> None:
+        """Let `lower` take the code of this region and schedule from an artefact. Raises what malformed data raise."""
+        made: Future[Made] = Future()
+        made.set_result(decode(data))
+        self._compiled[region.key(self.program), f"{schedule} {fingerprint(target)}"] = made
 
     def _named(self, region: Region) -> str:
         return f"{self._family(region).name}_" + "_".join(dict.fromkeys(_short(n) for n in region.nodes))[:80]

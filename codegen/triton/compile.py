@@ -159,8 +159,17 @@ class Runner:
             _namespace(self.code.text)[self.code.launches[number].function][grid](*arguments)
             return
         compiled = self.binaries[number].compiled
+        if compiled.metadata.global_scratch_size:  # where descriptors are built
+            self._provide_scratch()
         stream = _stream(arguments[0].device.index)
-        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        run = compiled.run  # loads the machine code
+        run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+
+    @staticmethod
+    def _provide_scratch() -> None:
+        import triton
+
+        triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -174,6 +183,11 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 def _stream(index: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(index))
+
+
+def runner(code: Code, binaries: list[Binary], target: Target) -> Callable[..., None]:
+    """What calls the kernels of a region, or says that their GPU is not in this host."""
+    return Runner(code, target, binaries) if interpreted() or is_here(target) else absent(target)
 
 
 def absent(target: Target) -> Callable[..., None]:

@@ -282,9 +282,9 @@ class _Template:
         w.line(f"near = row % {self.sizes.text(p.rows)}")
         w.line(f"across = column % {self.sizes.text(p.columns)}")
         lead = Place((*outer, *w.digits("near", p.extents[p.batch : -1])), "0")
-        left = w.let(w.offset(Access(p.left.buffer, [*p.left.strides[:-1], sympy.Integer(0)], p.left.shift), lead)[0])
+        left = w.let(w.offset(_lead(p.left), lead)[0])
         batch = Place((*outer, *["0"] * (len(p.extents) - 1 - p.batch)), "0")
-        right = w.let(w.offset(Access(p.right.buffer, [*p.right.strides[:-1], sympy.Integer(0)], p.right.shift), batch)[0])
+        right = w.let(w.offset(_lead(p.right), batch)[0])
         even = p.depth.is_Integer and int(p.depth) % (block * splits) == 0
         share = f"tl.cdiv(tl.cdiv({depth}, {block}), {splits}) * {block}"
         first, last = ("0", depth) if splits == 1 else (w.let(f"{split} * ({share})"), None)
@@ -332,6 +332,11 @@ class _Template:
         w.line(f"    sums += tl.load(t{len(p.tail.tensors)} + area, mask=row < {rows}, other=0)")
         self._finish(w, outer, "row", "column", "sums")
         return f"{self.name}_sum", w.blocks[0].lines
+
+
+def _lead(access: Access) -> Access:
+    """The walk over the leading dimensions alone."""
+    return Access(access.buffer, [*access.strides[:-1], sympy.Integer(0)], access.shift)
 
 
 def _tiles(w: Writer, rows: str, columns: str, height: int, width: int) -> None:

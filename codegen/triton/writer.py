@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -134,21 +134,20 @@ class Writer:
             return self._load(v, place)
         if v.op == "pick":
             index = self.let(self.offset(self.loads[v], place)[0], False)
-            return self._parts(v, place, index, v.attr[1], "row_guards")
+            guards = [*_between(index, v.attr[1])]
+            places = [replace(place, row_guards=(*place.row_guards, g)) for g in guards]
+            return self._parts(v, places, index, v.attr[1])
         if v.op == "cat":
-            return self._parts(v, place, place.column, v.attr, "column_guards")
+            guards = [*_between(place.column, v.attr)]
+            places = [replace(place, column_guards=(*place.column_guards, g)) for g in guards]
+            return self._parts(v, places, place.column, v.attr)
         args = [self.value(a, place) for a in v.args]
         if v.op == "reduce":
             return reduced(v, masked(args[0], v.attr, place))
         return elementwise(v, args)
 
-    def _parts(self, v: Value, place: Place, index: str, bounds: Sequence[int], guards: str) -> str:
-        texts = []
-        for k, part in enumerate(v.args):
-            guard = f"({index} >= {bounds[k]})"
-            if k + 1 < len(bounds):
-                guard = f"({guard} & ({index} < {bounds[k + 1]}))"
-            texts.append(self.value(part, replace(place, **{guards: (*getattr(place, guards), guard)})))
+    def _parts(self, v: Value, places: Sequence[Place], index: str, bounds: Sequence[int]) -> str:
+        texts = [self.value(part, place) for part, place in zip(v.args, places, strict=True)]
         text = texts[-1]
         for k in reversed(range(len(texts) - 1)):
             text = f"tl.where({index} < {bounds[k + 1]}, {texts[k]}, {text})"
@@ -179,6 +178,13 @@ class Writer:
         mask = place.rows if per_row else place.mask
         guard = f", mask={mask}" if mask else ""
         self.line(f"tl.store(t{access.buffer} + {where}, {text}{guard})")
+
+
+def _between(index: str, bounds: Sequence[int]) -> Iterator[str]:
+    """For each part, the condition that an index is inside it."""
+    for k, low in enumerate(bounds):
+        last = k + 1 == len(bounds)
+        yield f"({index} >= {low})" if last else f"(({index} >= {low}) & ({index} < {bounds[k + 1]}))"
 
 
 def load(address: str, masks: Sequence[str], dtype: torch.dtype) -> str:

@@ -1,0 +1,38 @@
+"""Move a program to another device: its weights, what it creates, and what the graph knows of its values."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .program import Program
+
+
+def placed(program: Program, device: torch.device) -> Program:
+    """The program with everything on a device; weights are copied there, the given program is not changed."""
+    moved = program.fork()
+    moved = replace(moved, weights={k: _moved(v, device) for k, v in moved.weights.items()})
+
+    def renamed(value: Any) -> Any:
+        return device if isinstance(value, torch.device) else value
+
+    for node in moved.graph.nodes:
+        node.args, node.kwargs = pytree.tree_map(renamed, (node.args, node.kwargs))
+        for kind in ("val", "traced"):
+            if kind in node.meta:
+                node.meta = {**node.meta, kind: pytree.tree_map(lambda v: _fake_on(v, device), node.meta[kind])}
+    return moved
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _fake_on(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, torch._subclasses.FakeTensor):
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
