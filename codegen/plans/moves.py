@@ -28,6 +28,8 @@ def _squeeze(s: Site, at: list[Coordinate]) -> list[Coordinate]:
 
 def _permute(s: Site, at: list[Coordinate]) -> list[Coordinate]:
     rank = len(at)
+    if "dims" not in s.args and "dim0" not in s.args:  # ``t``
+        return at[::-1]
     if "dims" in s.args:
         order = [d % rank for d in s.args["dims"]]
     else:
@@ -98,6 +100,7 @@ def _take(s: Site) -> Value:
 
 MOVES: dict[str, Rule] = {
     "unsqueeze": _move(_unsqueeze), "squeeze": _move(_squeeze), "permute": _move(_permute),
-    "transpose": _move(_permute), "slice": _move(_slice), "select": _move(_select), "expand": _expand, "cat": _cat,
+    "transpose": _move(_permute), "t": _move(_permute),
+    "slice": _move(_slice), "select": _move(_select), "expand": _expand, "cat": _cat,
     "embedding": _embedding, "take": _take,
 }  # fmt: skip

@@ -28,7 +28,7 @@ from .rows import RowFamily
 from .stored import decode, encode
 
 LARGEST = 48  # operators of one kernel
-Made = tuple[Code, list[Binary]]
+Made = tuple[Code, list[Binary | None]]
 
 
 @functools.cache
@@ -146,7 +146,7 @@ class TritonBackend:
             name, self.name, runner(code, binaries, target), destinations, constants=constants,
             source=code.text, schedule=schedule,
             flops=plan.flops, outputs=len(region.outputs), bytes=sum(_bytes(t) for t in plan.tensors),
-            asm=_asm(binaries), spills=max((b.spills for b in binaries), default=0),
+            asm=_asm(binaries), spills=max((b.spills for b in binaries if b), default=0),
             library=lambda path: write_atomically(Path(path), [encode(code, binaries)]),
         )  # fmt: skip
 
@@ -166,14 +166,14 @@ class TritonBackend:
     def _make(self, plan: Lowering, name: str, schedule: Schedule, target: Target) -> Made:
         code = plan.code(name, schedule, target)
         if interpreted():
-            return code, []
+            return code, [None] * len(code.launches)
         dtypes = [*(t.dtype for t in plan.tensors), *(dtype for _, dtype in code.scratch)]
-        binaries = [compile_launch(code, launch, dtypes, target) for launch in code.launches]
+        binaries = [compile_launch(code, n, dtypes, target) if n.function else None for n in code.launches]
         for binary in binaries:
-            if binary.shared > target.caches[0]:
+            if binary is not None and binary.shared > target.caches[0]:
                 raise LowerError(f"{binary.shared} bytes of shared memory, {target.name} has {target.caches[0]}",
                                  by=self.name)  # fmt: skip
-        return code, [b if is_here(target) else resources(b) for b in binaries]
+        return code, [b if b is None or is_here(target) else resources(b) for b in binaries]
 
     def adopt(self, region: Region, schedule: Schedule, target: Target, data: bytes) -> None:
         """Let `lower` take the code of this region and schedule from an artefact. Raises what malformed data raise."""
@@ -191,8 +191,9 @@ class TritonBackend:
         return next(f for f in self.families if f.claims(region))
 
 
-def _asm(binaries: list[Binary]) -> dict[str, str]:
+def _asm(made: list[Binary | None]) -> dict[str, str]:
     """Generated code of all launches by its kind; machine code itself is left out."""
+    binaries = [b for b in made if b is not None]
     kinds = dict.fromkeys(k for b in binaries for k in b.compiled.asm if k in ("ttir", "ttgir", "ptx", "amdgcn"))
     return {k: "\n".join(b.compiled.asm[k] for b in binaries) for k in kinds}
 

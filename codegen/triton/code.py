@@ -26,11 +26,12 @@ class Launch:
     """One kernel of a region.
 
     Attributes:
-        function: its name in the text.
+        function: its name in the text; "" lets torch's own product of two matrices write the third tensor.
         tensors: which tensors it takes, in order: numbers of the parameters, scratch tensors after them.
         grid: programs along up to three dimensions, as expressions of the sizes.
         warps: groups of threads of one program.
         stages: depth of the software pipeline.
+        turned: for torch's product: whether the second matrix is transposed.
     """
 
     function: str
@@ -38,6 +39,7 @@ class Launch:
     grid: tuple[sympy.Expr, ...]
     warps: int = 4
     stages: int = 2
+    turned: bool = False
 
 
 @dataclass(frozen=True)

@@ -122,12 +122,12 @@ class Runner:
     Attributes:
         code: the kernels.
         target: what they were compiled for.
-        binaries: compiled kernels, one per launch; empty where they are interpreted.
+        binaries: one per launch; None for what is interpreted, and for torch's own products.
     """
 
     code: Code
     target: Target
-    binaries: list[Binary]
+    binaries: Sequence[Binary | None]
     _grids: list[Any] = field(default_factory=list, repr=False)
     _scratch: list[Any] = field(default_factory=list, repr=False)
 
@@ -152,13 +152,18 @@ class Runner:
             grid = self._grids[k](*sizes) if callable(self._grids[k]) else self._grids[k]
             if 0 in grid:
                 continue
+            if not launch.function:
+                left, right, result = (taken[t] for t in launch.tensors)
+                right = right.t() if launch.turned else right
+                torch.mm(left.view(-1, right.shape[0]), right, out=result)
+                continue
             self._launch(k, (*grid, 1, 1)[:3], (*(taken[t] for t in launch.tensors), *sizes))
 
     def _launch(self, number: int, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
-        if not self.binaries:
+        if self.binaries[number] is None:
             _namespace(self.code.text)[self.code.launches[number].function][grid](*arguments)
             return
-        compiled = self.binaries[number].compiled
+        compiled = self.binaries[number].compiled  # type: ignore[union-attr]
         if compiled.metadata.global_scratch_size:  # where descriptors are built
             self._provide_scratch()
         stream = _stream(arguments[0].device.index)
@@ -185,7 +190,7 @@ def _stream(index: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(index))
 
 
-def runner(code: Code, binaries: list[Binary], target: Target) -> Callable[..., None]:
+def runner(code: Code, binaries: Sequence[Binary | None], target: Target) -> Callable[..., None]:
     """What calls the kernels of a region, or says that their GPU is not in this host."""
     return Runner(code, target, binaries) if interpreted() or is_here(target) else absent(target)
 

@@ -17,7 +17,7 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
-from ..plans.layout import Access, expression, merge
+from ..plans.layout import Access, contiguous, expression, merge
 from ..plans.product import LINEAR, MATRIX, check_operands, operands, walks_of
 from ..plans.rules import name_of
 from ..plans.tail import Tail, plan_tail
@@ -30,8 +30,10 @@ LARGE = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (64, 
          (64, 64, 64, 4, 4), (128, 64, 64, 4, 4), (64, 256, 64, 8, 3), (128, 128, 32, 4, 4))  # fmt: skip
 SMALL = ((16, 64, 128, 4, 4), (16, 128, 128, 4, 4), (16, 32, 256, 4, 4), (16, 128, 64, 8, 5), (16, 64, 256, 4, 3))
 FULL = ((64, 64, 32, 4, 3), (128, 64, 16, 8, 3), (64, 32, 32, 4, 3), (32, 32, 32, 4, 3))  # float32: no matrix units
+NAMES = ("rows", "columns", "depth", "warps", "stages", "splits", "tma", "programs")
 GROUP = 8  # tiles of rows that share columns while these are in the second cache level
 FEW_ROWS = 32
+SHARE = 1024  # elements of the result of one program where a product is finished
 
 
 class MatmulFamily:
@@ -62,6 +64,8 @@ class Product:
         batch: how many of the extents the right operand depends on.
         depth: size of the dimension that is summed over.
         dtype: of the operands.
+        turned: whether the right operand is the weight of a linear layer, [columns, depth].
+        library: whether something follows that torch's own product would leave to other kernels.
     """
 
     tail: Tail
@@ -73,6 +77,8 @@ class Product:
     batch: int
     depth: sympy.Expr
     dtype: torch.dtype
+    turned: bool
+    library: bool
 
     @property
     def rows(self) -> sympy.Expr:
@@ -106,10 +112,16 @@ def plan(region: Region) -> Product:
     accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
     extents = merge([expression(e) for e in space], accesses, False)
     batch = max((d + 1 for d in range(len(extents) - 1) if walks[1].strides[d] != 0), default=0)
+    if len(extents) - 1 == batch:  # one row: a dimension of its own, so that addresses have the shape of a tile
+        extents.insert(batch, sympy.Integer(1))
+        for a in accesses:
+            own = a is walks[0] or any(a is o.access for o in tail.outputs)
+            a.strides.insert(batch, sympy.Integer(int(own)))
     steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
     right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
     left_step = expression(left.meta["val"].stride(-1))
-    return Product(tail, *walks, left_step, right_steps, extents, batch, expression(shape(left)[-1]), dtype)
+    return Product(tail, *walks, left_step, right_steps, extents, batch, expression(shape(left)[-1]), dtype,
+                   name_of(root) in LINEAR, len(region.nodes) > 1)  # fmt: skip
 
 
 @dataclass
@@ -148,6 +160,8 @@ class MatmulLowering:
         else:
             tiles = SMALL if rows <= FEW_ROWS else LARGE
         batches = math.prod(int(e) for e in p.extents[: p.batch] if e.is_Integer)
+        if self._has_library():
+            yield Schedule("library")
         seen = set()
         for height, width, depth, warps, stages in self._ordered(tiles, rows, columns, batches, target):
             height = max(16, min(height, power_of_two(rows)))
@@ -159,11 +173,21 @@ class MatmulLowering:
                 continue
             for split in splits:
                 for tma in self._tma(target) if split == 1 and height >= 64 else (False,):
-                    key = (height, width, depth, warps, stages, split, tma)
-                    if key not in seen:
-                        seen.add(key)
-                        names = ("rows", "columns", "depth", "warps", "stages", "splits", "tma")
-                        yield Schedule("matmul", tuple(zip(names, key, strict=True)))
+                    for programs in self._programs(blocks, target) if tma else (0,):
+                        key = (height, width, depth, warps, stages, split, tma, programs)
+                        if key not in seen:
+                            seen.add(key)
+                            yield Schedule("matmul", tuple(zip(NAMES, key, strict=True)))
+
+    def _has_library(self) -> bool:
+        """Whether torch's own product and one kernel for what follows are a way: a dense left operand, one weight."""
+        p = self.product
+        left = p.tail.tensors[p.left.buffer]
+        return p.library and p.batch == 0 and contiguous(left) and p.depth.is_Integer
+
+    def _programs(self, blocks: int, target: Target) -> tuple[int, ...]:
+        """How many programs share the tiles; 0: one for each."""
+        return (0, target.cores) if blocks > target.cores else (0,)
 
     def _ordered(self, tiles: Sequence[Any], rows: int, columns: int, batches: int, target: Target) -> list[Any]:
         """By the share of the multiprocessors' time that is not wasted in the last wave and at the edges."""
@@ -217,34 +241,52 @@ class _Template:
         self.sizes = Sizes(self.product.tail.tensors)
 
     def code(self) -> Code:
-        p, splits = self.product, int(self.schedule["splits"])
+        p = self.product
+        if self.schedule.name == "library":
+            return self._library()
+        splits, programs = int(self.schedule["splits"]), int(self.schedule["programs"])
         height, width = int(self.schedule["rows"]), int(self.schedule["columns"])
-        count = len(p.tail.tensors)
         batches = sympy.Mul(*p.extents[: p.batch])
         tiles = parts(p.rows, height) * parts(p.columns, width)
         warps, stages = int(self.schedule["warps"]), int(self.schedule["stages"])
-        texts, launches, scratch = [self._main(splits)], [], []
+        count = len(p.tail.tensors)
         parameters = tuple(range(count + (splits > 1)))
-        launches.append(Launch(self.name, parameters, (tiles, batches * splits), warps, stages))
-        if splits > 1:
-            scratch.append(((sympy.Integer(splits), batches, p.rows, p.columns), torch.float32))
-            texts.append(self._sum(splits))
-            grid = parts(p.rows * p.columns, 1024)
-            launches.append(Launch(f"{self.name}_sum", parameters, (grid, batches), 4))
-        text = module([function(n, self._parameters(count, splits), lines) for n, lines in texts])
-        return self.sizes.code(text, launches, scratch)
+        grid = (sympy.Integer(programs) if programs else tiles, batches * splits)
+        texts = [(self.name, self._main(splits))]
+        launches = [Launch(self.name, parameters, grid, warps, stages)]
+        if splits == 1:
+            return self._code(texts, launches, [])
+        scratch = [((sympy.Integer(splits), batches, p.rows, p.columns), torch.float32)]
+        texts.append((f"{self.name}_sum", self._sum(splits)))
+        launches.append(Launch(f"{self.name}_sum", parameters, (parts(p.rows * p.columns, SHARE), batches), 4))
+        return self._code(texts, launches, scratch)
 
-    def _parameters(self, count: int, splits: int) -> list[str]:
-        return [*(f"t{k}" for k in range(count + (splits > 1))), *self.sizes.parameters]
+    def _library(self) -> Code:
+        """torch's own product into scratch memory, and a kernel for what follows."""
+        p, name = self.product, f"{self.name}_tail"
+        count = len(p.tail.tensors)
+        launches = [
+            Launch("", (p.left.buffer, p.right.buffer, count), (sympy.Integer(1),), turned=p.turned),
+            Launch(name, tuple(range(count + 1)), (parts(p.rows * p.columns, SHARE), sympy.Integer(1)), 4),
+        ]
+        return self._code([(name, self._sum(1))], launches, [((p.rows, p.columns), p.dtype)])
+
+    def _code(self, texts: Sequence[tuple[str, list[str]]], launches: Sequence[Launch], scratch: Any) -> Code:
+        count = len(self.product.tail.tensors) + len(scratch)
+        parameters = [*(f"t{k}" for k in range(count)), *self.sizes.parameters]
+        return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
 
     def _writer(self) -> Writer:
         return Writer(self.sizes, self.product.tail.tensors, self.product.tail.loads)
 
-    def _main(self, splits: int) -> tuple[str, list[str]]:
+    def _main(self, splits: int) -> list[str]:
         p, w, s = self.product, self._writer(), self.schedule
-        height, width = int(s["rows"]), int(s["columns"])
+        height, width, programs = int(s["rows"]), int(s["columns"]), int(s["programs"])
         cast = ".to(tl.int64)" if is_wide(p.tail.tensors) else ""
         rows, columns = self.sizes.text(p.rows), self.sizes.text(p.columns)
+        head = self._descriptors() if bool(s["tma"]) else []
+        if not programs:
+            w.line("tile = tl.program_id(0)")
         _tiles(w, rows, columns, height, width)
         second = w.let("tl.program_id(1)", stem="p")
         split, batch = ("0", second) if splits == 1 else (w.let(f"{second} % {splits}"), w.let(f"{second} // {splits}"))
@@ -258,7 +300,12 @@ class _Template:
             w.line(f"tl.store(t{len(p.tail.tensors)} + {area} * {columns} + column, sums, mask={inside})")
         else:
             self._finish(w, outer, "row", "column", "sums")
-        return self.name, w.blocks[0].lines
+        body = w.blocks[0].lines
+        if not programs:
+            return [*head, *body]
+        tiles = self.sizes.text(parts(p.rows, height) * parts(p.columns, width))
+        return [*head, f"for tile in tl.range(tl.program_id(0), {tiles}, {programs}, flatten=True):",
+                *(f"    {line}" for line in body)]  # fmt: skip
 
     def _finish(self, w: Writer, outer: Sequence[str], row: str, column: str, sums: str) -> None:
         """What follows the product, and the stores."""
@@ -299,39 +346,47 @@ class _Template:
                f"{guards[1].format(last)})")  # fmt: skip
         w.line("    sums = device.dot(a, b, sums)")
 
+    def _descriptors(self) -> list[str]:
+        """What the bulk copy engine knows of the operands."""
+        p, s = self.product, self.schedule
+        height, width, block = (int(s[k]) for k in ("rows", "columns", "depth"))
+        rows, columns, depth = int(p.rows), int(p.columns), int(p.depth)
+        flipped = p.right_steps[0] == 1
+        outer, inner = (columns, depth) if flipped else (depth, columns)
+        step = int(p.right_steps[1] if flipped else p.right_steps[0])
+        box = [width, block] if flipped else [block, width]
+        left, right = f"[{rows}, {depth}], [{int(p.left.strides[0])}, 1]", f"[{outer}, {inner}], [{step}, 1]"
+        return [f"left = tl.make_tensor_descriptor(t{p.left.buffer}, {left}, [{height}, {block}])",
+                f"right = tl.make_tensor_descriptor(t{p.right.buffer}, {right}, {box})"]  # fmt: skip
+
     def _by_descriptors(self, w: Writer, height: int, width: int, block: int) -> None:
         """Operands by the bulk copy engine, which fills what lies outside with zeros."""
         p = self.product
-        rows, columns, depth = int(p.rows), int(p.columns), int(p.depth)
-        turned = p.right_steps[0] == 1  # the weight of a linear layer: [columns, depth]
-        outer, inner = (columns, depth) if turned else (depth, columns)
-        step = int(p.right_steps[1] if turned else p.right_steps[0])
-        box = [width, block] if turned else [block, width]
-        w.line(f"left = tl.make_tensor_descriptor(t{p.left.buffer}, [{rows}, {depth}], [{int(p.left.strides[0])}, 1],"
-               f" [{height}, {block}])")  # fmt: skip
-        w.line(f"right = tl.make_tensor_descriptor(t{p.right.buffer}, [{outer}, {inner}], [{step}, 1], {box})")
-        w.line(f"for start in range(0, {depth}, {block}):")
+        flipped = p.right_steps[0] == 1  # the weight of a linear layer: [columns, depth]
+        w.line(f"for start in range(0, {int(p.depth)}, {block}):")
         w.line(f"    a = left.load([tile_row * {height}, start])")
-        at = f"[tile_column * {width}, start]" if turned else f"[start, tile_column * {width}]"
-        w.line(f"    b = right.load({at}){'.T' if turned else ''}")
+        at = f"[tile_column * {width}, start]" if flipped else f"[start, tile_column * {width}]"
+        w.line(f"    b = right.load({at}){'.T' if flipped else ''}")
         w.line("    sums = device.dot(a, b, sums)")
 
-    def _sum(self, splits: int) -> tuple[str, list[str]]:
+    def _sum(self, splits: int) -> list[str]:
         """Adds up the parts of a split depth, and computes what follows."""
         p, w = self.product, self._writer()
         rows, columns = self.sizes.text(p.rows), self.sizes.text(p.columns)
         batches = self.sizes.text(sympy.Mul(*p.extents[: p.batch]))
+        cast = ".to(tl.int64)" if is_wide(p.tail.tensors) else ""
         batch = w.let("tl.program_id(1)", stem="p")
         outer = w.digits(batch, p.extents[: p.batch])
-        w.line("at = tl.program_id(0) * 1024 + tl.arange(0, 1024)[None, :]")
+        w.line(f"at = tl.program_id(0){cast} * {SHARE} + tl.arange(0, {SHARE})[None, :]")
         w.line(f"row = at // {columns}")
         w.line(f"column = at % {columns}")
-        w.line("sums = tl.zeros([1, 1024], tl.float32)")
+        w.line(f"sums = tl.zeros([1, {SHARE}], tl.float32)")
         w.line(f"for part in tl.static_range({splits}):")
         w.line(f"    area = (part * {batches} + {batch}) * {rows} * {columns} + at")
-        w.line(f"    sums += tl.load(t{len(p.tail.tensors)} + area, mask=row < {rows}, other=0)")
+        part = f"tl.load(t{len(p.tail.tensors)} + area, mask=row < {rows}, other=0)"
+        w.line(f"    sums += {part}.to(tl.float32)")
         self._finish(w, outer, "row", "column", "sums")
-        return f"{self.name}_sum", w.blocks[0].lines
+        return w.blocks[0].lines
 
 
 def _lead(access: Access) -> Access:
@@ -341,7 +396,6 @@ def _lead(access: Access) -> Access:
 
 def _tiles(w: Writer, rows: str, columns: str, height: int, width: int) -> None:
     """Number of the tile, in an order in which neighbours share operands."""
-    w.line("tile = tl.program_id(0)")
     w.line(f"down = tl.cdiv({rows}, {height})")
     w.line(f"over = tl.cdiv({columns}, {width})")
     w.line(f"group = tile // ({GROUP} * over)")

@@ -17,7 +17,7 @@ from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_o
 from .writer import COMBINE, NEUTRAL, Block, Place, Writer, masked, reduced
 
 VIEWS = frozenset(("unsqueeze", "squeeze", "permute", "transpose", "slice", "select", "expand"))
-RESIDENT = 16384  # columns of a row that one program holds at once
+RESIDENT = 65536  # columns of a row that one program holds at once
 TILE = 2048  # elements of a tile that is not bound by the length of a row
 
 
@@ -65,17 +65,18 @@ class RowLowering:
         known = int(columns) if columns.is_Integer else TILE
         if self.plan.reductions:
             wide = power_of_two(known)
-            block = wide if wide <= RESIDENT else 4096
-            heights = dict.fromkeys(max(1, min(64, size // block)) for size in (TILE, 4096, 1024, 8192))
-            sizes = [(height, block) for height in heights]
+            blocks = [wide, 8192] if 8192 < wide <= RESIDENT else [wide if wide <= RESIDENT else 8192]
+            tiles = (TILE, 4096, 1024, 8192)
+            sizes = list(dict.fromkeys((max(1, min(64, size // block)), block) for block in blocks for size in tiles))
         else:
             block = min(power_of_two(known), TILE)
             sizes = list(dict.fromkeys((max(1, size // block), min(block, size)) for size in (1024, 2048, 512, 4096)))
         rows = sympy.Mul(*self.plan.extents[:-1])
-        most = power_of_two(int(rows)) if rows.is_Integer else TILE
-        for height, width in dict.fromkeys((min(height, most), width) for height, width in sizes):
-            warps = max(1, min(16, height * width // (8 * 32)))
-            for w in dict.fromkeys((min(warps, 8), max(1, min(warps, 8) // 2))):
+        high = power_of_two(int(rows)) if rows.is_Integer else TILE
+        for height, width in dict.fromkeys((min(height, high), width) for height, width in sizes):
+            most = 32 if target.vendor == "nvidia" else 16
+            warps = max(1, min(most if width > 8192 else 8, height * width // (8 * 32)))
+            for w in dict.fromkeys((warps, max(1, warps // 2))):
                 yield Schedule("rows", (("rows", height), ("columns", width), ("warps", w)))
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:

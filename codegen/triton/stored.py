@@ -23,20 +23,20 @@ Json = Any
 KEPT = frozenset(("json", "ttir", "ptx", "cubin", "amdgcn", "hsaco"))  # suffixes of the files that Triton writes
 
 
-def encode(code: Code, binaries: Sequence[Binary]) -> bytes:
+def encode(code: Code, binaries: Sequence[Binary | None]) -> bytes:
     """The kernels of a region with their machine code."""
     launches = [
         {"function": n.function, "tensors": n.tensors, "grid": [encode_expression(e) for e in n.grid],
-         "warps": n.warps, "stages": n.stages}
+         "warps": n.warps, "stages": n.stages, "turned": n.turned}
         for n in code.launches
     ]  # fmt: skip
     scratch = [[[encode_expression(e) for e in s], str(dtype).removeprefix("torch.")] for s, dtype in code.scratch]
     stored = {"text": code.text, "launches": launches, "sizes": code.sizes, "symbols": code.symbols, "scratch": scratch,
-              "triton": _version(), "binaries": [_encode_binary(b) for b in binaries]}  # fmt: skip
+              "triton": _version(), "binaries": [b and _encode_binary(b) for b in binaries]}  # fmt: skip
     return json.dumps(stored).encode()
 
 
-def decode(data: bytes) -> tuple[Code, list[Binary]]:
+def decode(data: bytes) -> tuple[Code, list[Binary | None]]:
     """The inverse of `encode`.
 
     Raises:
@@ -52,11 +52,11 @@ def decode(data: bytes) -> tuple[Code, list[Binary]]:
         return tuple(decode_expression(e, symbols) for e in listed)
 
     launches = tuple(Launch(str(n["function"]), tuple(map(int, n["tensors"])), expressions(n["grid"]), int(n["warps"]),
-                            int(n["stages"])) for n in stored["launches"])  # fmt: skip
+                            int(n["stages"]), bool(n["turned"])) for n in stored["launches"])  # fmt: skip
     scratch = tuple((expressions(shape), DTYPES[dtype]) for shape, dtype in stored["scratch"])
     sizes = tuple((int(k), int(d)) for k, d in stored["sizes"])
     code = Code(str(stored["text"]), launches, sizes, tuple(map(str, stored["symbols"])), scratch)
-    return code, [_decode_binary(b) for b in stored["binaries"]]
+    return code, [b and _decode_binary(b) for b in stored["binaries"]]
 
 
 def _version() -> str:
