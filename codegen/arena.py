@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..passes.nodes import may_share
 from ..passes.program import Program
 from ..targets.cost import is_free
 from .base import Destination, Region
@@ -25,8 +26,6 @@ from .pages import on_large_pages
 from .select import Choice
 from .source import READS_LAYOUT, fast_callable
 
-# operators that return views although their schema does not say so
-SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
 CPU = torch.device("cpu")
 ALIGNMENT = 64  # bytes: a cache line and a vector register
 
@@ -100,17 +99,6 @@ def _origins(choices: Sequence[Choice]) -> dict[fx.Node, frozenset[fx.Node]]:
             own = choice.kernel.destinations is not None
             found[node] = frozenset([node]) if own else frozenset()
     return found
-
-
-def may_share(node: fx.Node) -> bool:
-    """Whether the value of an operator may share memory with an argument: views, and what may return its argument."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return True
-    if target._schema.name.split("::")[1] in SHARING:
-        return True
-    annotated = any(a.alias_info is not None for a in (*target._schema.arguments, *target._schema.returns))
-    return annotated or torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
 
 
 def verify(slots: Sequence[Slot], regions: Sequence[Region]) -> int:

@@ -22,6 +22,7 @@ PASSES: tuple[Pass, ...] = (
     P.FuseAttention(),
     P.MergeCommon(),
     P.FuseQkv(),
+    P.DropCopies(),
     P.DropDead(),
 )
 

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .exact.drop_copies import DropCopies as DropCopies
     from .exact.drop_dead import DropDead as DropDead
     from .exact.fold_adapters import FoldAdapters as FoldAdapters
     from .exact.fold_constants import FoldConstants as FoldConstants
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .lossy.prune_tokens import PruneTokens as PruneTokens
 
 PASSES = {
+    "DropCopies": ".exact.drop_copies",
     "DropDead": ".exact.drop_dead",
     "FoldAdapters": ".exact.fold_adapters",
     "FoldConstants": ".exact.fold_constants",

@@ -8,6 +8,9 @@ import sympy
 import torch
 from torch import fx
 
+# operators that return views although their schema does not say so
+SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
+
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by their schema names, defaults filled in (positions as names without a schema)."""
@@ -51,3 +54,14 @@ def is_pure(node: fx.Node) -> bool:
         return getattr(op, "__module__", "") in ("_operator", "math")
     random = torch.Tag.nondeterministic_seeded in op.tags and arguments(node).get("dropout_p") != 0
     return not (random or op._schema.is_mutable or "assert" in str(op))
+
+
+def may_share(node: fx.Node) -> bool:
+    """Whether the value of an operator may share memory with an argument: views, and what may return its argument."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return True
+    if target._schema.name.split("::")[1] in SHARING:
+        return True
+    annotated = any(a.alias_info is not None for a in (*target._schema.arguments, *target._schema.returns))
+    return annotated or torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")

@@ -305,7 +305,7 @@ RULES: dict[str, Rule] = {
     "hardsigmoid": _floating(_hard(False)), "leaky_relu": _floating(_leaky), "elu": _floating(_elu),
     "softplus": _floating(_softplus), "gelu": _floating(_gelu), "silu": _floating(_silu), "pow": _floating(_pow),
     "square": _floating(lambda s, x: s.build.op("mul", x, x)),
-    "where": _where, "masked_fill": _masked_fill, "_to_copy": _copy, "clone": _copy, "to": _copy,
+    "where": _where, "masked_fill": _masked_fill, "_to_copy": _copy, "clone": _copy, "contiguous": _copy, "to": _copy,
     "mean": _reduction("mean"), "sum": _reduction("sum"), "amax": _reduction("max"), "amin": _reduction("min"),
     "var": _var, "layer_norm": _layer_norm, "rms_norm": _rms_norm, "softmax": _softmax(False),
     "_softmax": _softmax(False), "log_softmax": _softmax(True), "_log_softmax": _softmax(True),

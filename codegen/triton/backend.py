@@ -194,7 +194,7 @@ class TritonBackend:
 def _asm(made: list[Binary | None]) -> dict[str, str]:
     """Generated code of all launches by its kind; machine code itself is left out."""
     binaries = [b for b in made if b is not None]
-    kinds = dict.fromkeys(k for b in binaries for k in b.compiled.asm if k in ("ttir", "ttgir", "ptx", "amdgcn"))
+    kinds = dict.fromkeys(k for b in binaries for k in b.compiled.asm if k in ("ttir", "ptx", "amdgcn"))
     return {k: "\n".join(b.compiled.asm[k] for b in binaries) for k in kinds}
 
 
