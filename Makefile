@@ -3,16 +3,17 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow dev types lint floors golden bench docs wheel clean
+.PHONY: demo test test-slow dev types lint floors golden bench bench-gpu docs wheel clean
 
 demo: $(VENV)/.bench
 	$(BIN)/python examples/sentence_embeddings.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/interpreted
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -x -m slow
 
 dev: $(VENV)/.dev
 
@@ -38,6 +39,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/zoo_speed.py
 	$(BIN)/python bench/peers.py
+
+bench-gpu:
+	$(PYTHON) bench/gpu.py
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
