@@ -6,13 +6,15 @@ import os
 import stat
 from pathlib import Path
 
-import platformdirs
-
 
 def cache_folder() -> Path:
     """``TORCHLATHE_CACHE`` if it is set, else ``torchlathe`` in the user's cache folder. It may not exist yet."""
     named = os.environ.get("TORCHLATHE_CACHE")
-    return Path(named) if named else platformdirs.user_cache_path("torchlathe", appauthor=False)
+    if named:
+        return Path(named)
+    import platformdirs  # not needed, and not demanded, where the folder is named
+
+    return platformdirs.user_cache_path("torchlathe", appauthor=False)
 
 
 def private_folder(folder: Path) -> Path | None:
