@@ -1,7 +1,7 @@
 """Speed on a GPU, from this source tree: torchlathe against what torch offers.
 
     python bench/gpu.py --out DIR                       whole models against eager and torch.compile
-    python bench/gpu.py --out DIR --kernels             single kernels against torch's, with shares of the device's rates
+    python bench/gpu.py --out DIR --kernels             single kernels against torch's, and the device's rates
     python bench/gpu.py --out DIR --check               every template against eager; the status is 1 if one is wrong
     TRITON_INTERPRET=1 python bench/gpu.py --device cpu --out DIR ...                    a dry run at toy sizes, no GPU
 
@@ -25,8 +25,10 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,19 @@ ROWS = (
 )  # fmt: skip
 TOYS = (("vit", 2), ("llama", 1), ("bert", 2))
 PEERS = ("compile", "reduce-overhead", "max-autotune")
-SECTIONS = {"rows": 1.0, "attention": 1.2, "linear": 1.6, "sparse": 0.7, "decode": 0.6, "merging": 1.2}  # shares of time
+SECTIONS = {
+    "rows": 1.0,
+    "attention": 1.2,
+    "linear": 1.6,
+    "sparse": 0.7,
+    "decode": 0.6,
+    "merging": 1.2,
+}  # shares of time
+LEAST = 60.0  # seconds: with less left, no more models are begun
 SAMPLING = 25.0  # seconds that one row may need from ready to done
+
+
+Row = tuple[str, int]
 
 
 class Table:
@@ -98,11 +111,11 @@ def measured_ceilings(options: argparse.Namespace, log: Path) -> Message:
         how = child.end()
     if found is None:
         lines = log.read_text().strip().splitlines()
-        raise SystemExit(f"no usable GPU ({how}): {lines[-1] if lines else 'no message'}\n"
-                         "A dry run needs none: TRITON_INTERPRET=1 python bench/gpu.py --device cpu --out DIR")  # fmt: skip
+        dry = "A dry run needs none: TRITON_INTERPRET=1 python bench/gpu.py --device cpu --out DIR"
+        raise SystemExit(f"no usable GPU ({how}): {lines[-1] if lines else 'no message'}\n{dry}")
     facts, rates = found["facts"], found["ceilings"]
-    facts |= {"date": str(datetime.datetime.now(datetime.UTC).date()), "cores": os.cpu_count(),
-              "copy": f"{rates['copy'] / 1e9:.0f} GB/s", "bf16 product": f"{rates['product'] / 1e12:.1f} TFLOP/s"}  # fmt: skip
+    facts |= {"date": str(datetime.datetime.now(datetime.UTC).date()), "cores": os.cpu_count()}
+    facts |= {"copy": f"{rates['copy'] / 1e9:.0f} GB/s", "bf16 product": f"{rates['product'] / 1e12:.1f} TFLOP/s"}
     return found
 
 
@@ -111,62 +124,75 @@ def models(options: argparse.Namespace, until: float, facts: dict[str, Any], log
     table = Table(options.out, "gpu-models", facts | {"dtype": options.dtype})
     rows = [r for r in (ROWS if options.device == "cuda" else TOYS)
             if (not options.only or r[0] in options.only) and (not options.batch or r[1] in options.batch)]  # fmt: skip
-    lock = Path(tempfile.mkdtemp()) / "turn"
-    while rows and until - time.time() > options.least:
-        wave, rows = rows[: options.jobs], rows[options.jobs :]
-        _wave(options, wave, until, lock, log, table)
-        table.end = [_means(table)]
-        table.write()
-    for name, batch in rows:
-        table.fail("models", f"{name}, batch {batch}", "the budget was spent")
+    shared = {"kind": "model", "device": options.device, "dtype": options.dtype, "peers": options.peers,
+              "lock": str(Path(tempfile.mkdtemp()) / "turn"), "ours": not options.peers_only, "tune": options.tune,
+              "level": options.level, "patience": options.patience, "seconds": options.seconds}  # fmt: skip
+    waves = [rows[k : k + options.jobs] for k in range(0, len(rows), options.jobs)]
+
+    def begun(wave: Sequence[Row]) -> dict[Row, Child]:
+        return {r: Child({**shared, "model": r[0], "batch": r[1]}, log) for r in wave}
+
+    children, coming = begun(waves[0]) if waves else {}, dict[Row, Child]()
+    try:
+        for k, wave in enumerate(waves):
+            if until - time.time() < LEAST:
+                for name, batch in (r for w in waves[k:] for r in w):
+                    table.fail("models", f"{name}, batch {batch}", "the budget was spent")
+                break
+            coming = begun(waves[k + 1]) if k + 1 < len(waves) else {}  # they load while this wave is built
+            print(f"\nbuilding {', '.join(f'{name} {batch}' for name, batch in wave)}", flush=True)
+            _wave(options, children, coming, until, table)
+            children, coming = coming, {}
+            table.end = [_means(table)]
+            table.write()
+    finally:
+        for child in (*children.values(), *coming.values()):
+            child.end()
     return table
 
 
-def _wave(options: argparse.Namespace, wave: Sequence[tuple[str, int]], until: float, lock: Path, log: Path, table: Table) -> None:
-    """Build some rows at the same time, then sample each."""
-    ready_by = max(time.time() + 20, until - SAMPLING / 3 * len(wave))
-    request = {"kind": "model", "device": options.device, "dtype": options.dtype, "peers": options.peers, "lock": str(lock),
-               "ours": not options.peers_only, "exclusive": not options.together, "tune": options.tune,
-               "level": options.level, "patience": options.patience, "seconds": options.seconds,
-               "until": ready_by - 5}  # fmt: skip
-    children = {(name, batch): Child({**request, "model": name, "batch": batch}, log) for name, batch in wave}
+def _wave(options: argparse.Namespace, children: dict[Row, Child], coming: dict[Row, Child], until: float,
+          table: Table) -> None:  # fmt: skip
+    """Build some rows at the same time, then sample each while nothing else runs."""
+    limit = min(time.time() + options.wave, max(time.time() + 20, until - SAMPLING / 3 * len(children)))
+    for child in children.values():
+        child.go(limit - 5)
     ready = []
-    try:
-        for (name, batch), child in children.items():
-            if (why := _await(child, ready_by, f"{name} {batch}")) is None:
-                ready.append((name, batch))
-            else:
-                child.end()
-                table.fail("models", f"{name}, batch {batch}", why)
-        for name, batch in ready:
-            child = children[name, batch]
-            child.go()
-            try:
-                message = child.message(time.time() + SAMPLING)
-            except TimeoutError:
-                message = {"why": f"sampling took more than {SAMPLING:.0f} s"}
-            how = child.end()
-            if message is None or "row" not in message:
-                table.fail("models", f"{name}, batch {batch}", message["why"] if message else f"the process {how}")
-                continue
-            table.add("models", message["row"])
-            for who, why in message["row"]["failed"].items():
-                table.fail("models", f"{name}, batch {batch}, {who}", why)
-    finally:
-        for child in children.values():
+    for row, child in children.items():
+        row_label = f"{row[0]}, batch {row[1]}"
+        if (why := _await(child, limit, "ready", row_label)) is None:
+            ready.append(row)
+        else:
             child.end()
+            table.fail("models", row_label, why)
+    for row, child in coming.items():
+        _await(child, time.time() + 20, "loaded", f"{row[0]}, batch {row[1]}")
+    for row in ready:
+        child, row_label = children[row], f"{row[0]}, batch {row[1]}"
+        child.go()
+        try:
+            message = child.message(time.time() + SAMPLING)
+        except TimeoutError:
+            message = {"why": f"sampling took more than {SAMPLING:.0f} s"}
+        how = child.end()
+        if message is None or "row" not in message:
+            table.fail("models", row_label, message["why"] if message else f"the process {how}, see the log")
+            continue
+        table.add("models", message["row"])
+        for who, why in message["row"]["failed"].items():
+            table.fail("models", f"{row_label}, {who}", why)
 
 
-def _await(child: Child, until: float, label: str) -> str | None:
-    """Wait until a child is ready; the reason if it never will be."""
+def _await(child: Child, until: float, wanted: str, label: str) -> str | None:
+    """Wait until a child says the wanted word; the reason if it never will."""
     try:
         while (message := child.message(until)) is not None:
-            if "ready" in message:
+            if wanted in message:
                 return None
-            took = f"{message['took']:.0f} s" if message.get("took") else "-"
-            print(f"  {label}: {message['built']} {took} {message['why'] or ''}", flush=True)
+            if "built" in message:
+                print(f"  {label}: {message['built']} {message['took'] or 0:.0f} s {message['why'] or ''}", flush=True)
     except TimeoutError:
-        return "not ready in time"
+        return f"not {wanted} in time"
     return f"the process {child.end()}, see the log"
 
 
@@ -180,45 +206,60 @@ def _means(table: Table) -> str:
     return "Best torch.compile mode / ours, geometric mean: " + ("; ".join(found) or "no case") + "."
 
 
-def kernels(options: argparse.Namespace, until: float, facts: dict[str, Any], rates: dict[str, float], log: Path) -> Table:
+def kernels(
+    options: argparse.Namespace, until: float, facts: dict[str, Any], rates: dict[str, float], log: Path
+) -> Table:
     """The tables of single kernels. Each section has its share of what is left; what it does not use goes on."""
     table = Table(options.out, "gpu-kernels", facts)
     chosen = [s for s in SECTIONS if not options.only or s in options.only]
+
+    def request(section: str) -> dict[str, Any]:
+        return {
+            "kind": "kernels",
+            "section": section,
+            "device": options.device,
+            "ceilings": rates,
+            "match": options.match,
+        }
+
+    coming = Child({**request(chosen[0]), "skip": 0}, log) if chosen else None
     for k, section in enumerate(chosen):
-        left = until - time.time()
-        if left < options.least:
-            table.fail(section, section, "the budget was spent")
-            continue
-        share = left * SECTIONS[section] / sum(SECTIONS[s] for s in chosen[k:])
+        share = (until - time.time()) * SECTIONS[section] / sum(SECTIONS[s] for s in chosen[k:])
+        child, coming = coming, None
+        if k + 1 < len(chosen):  # it loads while this section runs
+            coming = Child({**request(chosen[k + 1]), "skip": 0}, log)
 
         def keep(message: Message, section: str = section) -> None:
-            if "row" not in message:
+            if "row" in message:
+                table.add(section, message["row"])
+            else:
                 table.fail(section, message["failed"], message["why"])
-                return
-            table.add(section, message["row"])
-            for who, why in message["row"]["failed"].items():
-                table.fail(section, f"{message['label']}, {who}", why)
 
         print(f"\n{section}, {share:.0f} s", flush=True)
-        request = {"kind": "kernels", "section": section, "device": options.device, "ceilings": rates, "match": options.match}
-        run_cases(request, time.time() + share, options.patience, log, keep)
+        run_cases(request(section), time.time() + share, options.patience, log, keep, child)
     table.write()
     return table
 
 
 def check(options: argparse.Namespace, until: float, facts: dict[str, Any], log: Path) -> tuple[Table, int]:
     """Every template against eager. The status is 1 if one is wrong, 2 if time ran out before all were seen."""
-    table = Table(options.out, "gpu-check", facts)
+    table, shares = Table(options.out, "gpu-check", facts), options.processes
+    lock = threading.Lock()
 
     def keep(message: Message) -> None:
-        if "row" in message:
-            table.add("check", message["row"])
-        else:
-            row = {"fine": False, "cells": {"verdict": "WRONG", "case": message["failed"], "found": message["why"]}}
+        row = message.get("row") or {"fine": False, "cells": {
+            "verdict": "WRONG", "case": message.get("failed"), "found": message.get("why")}}  # fmt: skip
+        with lock:
             table.add("check", row)
 
-    request = {"kind": "check", "device": options.device, "schedules": options.schedules, "match": options.match}
-    complete = run_cases(request, until, options.patience, log, keep)
+    def run(share: int) -> bool:
+        request = {"kind": "check", "device": options.device, "schedules": options.schedules, "match": options.match,
+                   "share": share, "shares": shares}  # fmt: skip
+        return run_cases(request, until, options.patience, log, keep)
+
+    with ThreadPoolExecutor(shares) as pool:
+        complete = all(list(pool.map(run, range(shares))))
+    table.rows.sort(key=lambda r: (r["fine"], r["cells"]["case"]))
     wrong = [r["cells"]["case"] for r in table.rows if not r["fine"]]
     table.end = [f"{len(table.rows)} cases, {len(wrong)} wrong{'' if complete else ', not all were run'}"
                  + (": " + ", ".join(wrong) if wrong else "")]  # fmt: skip
@@ -241,14 +282,14 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", nargs="+", type=int, default=[], metavar="N")
     add("--peers", nargs="*", default=list(PEERS), choices=(*PEERS, "max-autotune-graphs"), metavar="NAME")
     add("--peers-only", action="store_true", help="leave ours out")
-    add("--jobs", type=int, default=4, help="models that are built at the same time")
-    add("--together", action="store_true", help="let our tuning measure while other rows measure too: faster, less sure")
+    add("--jobs", type=int, default=3, help="models that are built at the same time")
+    add("--wave", type=float, default=230.0, metavar="SECONDS", help="of building the models of one wave")
     add("--tune", type=float, default=40.0, metavar="SECONDS", help="of trying kernels of ours per model")
     add("--level", default="default", choices=("fast", "default", "max"), help="of torchlathe.optimize")
     add("--patience", type=float, default=150.0, metavar="SECONDS", help="for one contender, or one case")
     add("--seconds", type=float, default=4.0, help="of sampling per model")
     add("--schedules", type=int, default=2, help="of each case of --check")
-    add("--least", type=float, default=25.0, metavar="SECONDS", help="with less left, nothing more is begun")
+    add("--processes", type=int, default=8, help="that share the cases of --check")
     add("--cache", type=Path, metavar="DIR", help="keep compiled code here; a folder that is removed by default")
     return parser.parse_args(arguments)
 
@@ -260,7 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     log = options.out / "gpu-log.txt"
     log.write_text("")
-    threads = max(2, (os.cpu_count() or 8) // (1 if options.kernels or options.check else options.jobs))
+    processes = options.processes if options.check else 1 if options.kernels else options.jobs
+    threads = max(2, (os.cpu_count() or 8) // processes)
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     os.environ.setdefault("OMP_NUM_THREADS", str(min(threads, 4)))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:

@@ -8,7 +8,7 @@ reason and is no fault.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,25 +56,33 @@ class Grid:
         """A function (or module) of what `make` gives; run on what `run` gives, if that has other sizes.
 
         Args:
-            must: whether a region without a template is a fault.
+            must: whether it is a fault if no region has a template.
         """
+        nested = dynamic if dynamic is None or isinstance(function, nn.Module) else (tuple(dynamic),)
 
         def case() -> Row:
             torch.manual_seed(0)
             net = function.to(self.device) if isinstance(function, nn.Module) else Net(lambda _, *a: function(*a))
             with torch.no_grad():
                 args, other = make(), run() if run else None
-                found = [verdict(p, must) for p in parts(net, args, here(self.device), self.most, dynamic, other)]
+                found = [verdict(p) for p in parts(net, args, here(self.device), self.most, nested, other)]
+            if must and all(text.startswith("eager") for _, text in found):
+                found.append((False, "no template takes it"))
             return merged(name, found)
 
         self.cases.append((name, case))
 
+    def random(self, name: str, function: Callable[..., Any], dtype: torch.dtype, *shapes: Sequence[int],
+               must: bool = True) -> None:  # fmt: skip
+        """A function of random tensors."""
+        self.add(name, function, lambda: tuple(self.randn(*s, dtype=dtype) for s in shapes), must=must)
 
-def verdict(part: Any, must: bool) -> tuple[bool, str]:
+
+def verdict(part: Any) -> tuple[bool, str]:
     """Whether a region is right, and what to say of it."""
     if part.reason is not None:
         names = " ".join(str(n.target).removeprefix("aten.") for n in part.region.nodes)
-        return not must, f"eager: {names}: {part.reason}"
+        return True, f"eager: {names}: {part.reason}"
     bad = [c for c in part.candidates if not c.right]
     worst = max((c.deviation for c in part.candidates), default=0.0)
     if bad:
@@ -92,34 +100,32 @@ def merged(name: str, found: list[tuple[bool, str]]) -> Row:
 
 def rows(g: Grid) -> None:
     """Pointwise operators, reductions over rows, and what moves elements."""
-    wide, odd = g.size(4096, 70), g.size(1000, 37)
+    wide, odd, long = g.size(4096, 70), g.size(1000, 37), g.size(70001, 20001)
     for name, d in DTYPES.items():
-        g.add(f"pointwise {name}", lambda x, y: F.gelu(x) * 2 + y.tanh() * F.silu(x),
-              lambda d=d: (g.randn(13, odd, dtype=d), g.randn(13, odd, dtype=d)))  # fmt: skip
-        g.add(f"softmax {name}", lambda x: F.softmax(x * 3, -1), lambda d=d: (g.randn(7, 5, odd, dtype=d),))
-        g.add(f"layer_norm {name}", nn.LayerNorm(wide).to(d), lambda d=d: (g.randn(33, wide, dtype=d),))
-        g.add(f"residual, layer_norm {name}", lambda x, y: F.layer_norm(x + y, (odd,)),
-              lambda d=d: (g.randn(9, odd, dtype=d), g.randn(9, odd, dtype=d)))  # fmt: skip
-        g.add(f"rms_norm {name}", nn.RMSNorm(wide).to(d), lambda d=d: (g.randn(33, wide, dtype=d),))
-        g.add(f"row longer than a tile {name}", lambda x: F.softmax(x, -1),
-              lambda d=d: (g.randn(3, g.size(70001, 20001), dtype=d),))  # fmt: skip
-    g.add("broadcast", lambda x, y, z: x * y + z, lambda: (g.randn(6, 1, odd), g.randn(4, 1), g.randn(odd)))
-    g.add("max, min, NaN, Inf", lambda x: (x.amax(-1), x.amin(-1), torch.relu(x), x.clamp(-1, 1)), lambda: (strange(g),))
-    g.add("softmax of rows of -Inf", lambda x: F.softmax(x, -1),
-          lambda: (torch.full((4, odd), -math.inf, device=g.device).index_fill_(0, torch.tensor([1], device=g.device), 0.5),))  # fmt: skip
-    g.add("group_norm", nn.GroupNorm(4, 16), lambda: (g.randn(2, 16, 9, 7),), must=False)
-    g.add("cat of rows", lambda a, b: torch.cat([a, b], 1) * 2, lambda: (g.randn(3, 4, odd), g.randn(3, 1, odd)))
-    g.add("cat of columns", lambda a, b: torch.cat([a, b], -1) * 2, lambda: (g.randn(3, 4, 8), g.randn(3, 4, 5)))
-    g.add("embedding", lambda i, w: F.embedding(i, w) + 1,
-          lambda: (torch.randint(0, 50, (3, 7), device=g.device), g.randn(50, odd)))  # fmt: skip
-    g.add("comparisons, integers", lambda x, i: torch.where(x > 0, i, i + 1),
-          lambda: (g.randn(9, odd), torch.randint(0, 9, (9, odd), device=g.device)))  # fmt: skip
+        g.random(f"pointwise {name}", lambda x, y: F.gelu(x) * 2 + y.tanh() * F.silu(x), d, (13, odd), (13, odd))
+        g.random(f"softmax {name}", lambda x: F.softmax(x * 3, -1), d, (7, 5, odd))
+        g.random(f"layer_norm {name}", nn.LayerNorm(wide).to(d), d, (33, wide))
+        g.random(f"residual, layer_norm {name}", lambda x, y: F.layer_norm(x + y, (odd,)), d, (9, odd), (9, odd))
+        g.random(f"rms_norm {name}", nn.RMSNorm(wide).to(d), d, (33, wide))
+        g.random(f"row longer than a tile {name}", lambda x: F.softmax(x, -1), d, (3, long))
+    g.random("broadcast", lambda x, y, z: x * y + z, SINGLE, (6, 1, odd), (4, 1), (odd,))
+    g.add("NaN, Inf", lambda x: (x.amax(-1), x.amin(-1), torch.relu(x), x.clamp(-1, 1)), lambda: (strange(g),))
+    g.add("softmax of rows of -Inf", lambda x: F.softmax(x, -1), lambda: (strange(g)[3:],))
+    g.random("group_norm", nn.GroupNorm(4, 16), SINGLE, (2, 16, 9, 7), must=False)
+    g.random("cat of rows", lambda a, b: torch.cat([a, b], 1) * 2, SINGLE, (3, 4, odd), (3, 1, odd))
+    g.random("cat of columns", lambda a, b: torch.cat([a, b], -1) * 2, SINGLE, (3, 4, 8), (3, 4, 5))
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 50, shape, device=g.device)
+
+    g.add("embedding", lambda i, w: F.embedding(i, w) + 1, lambda: (numbers(3, 7), g.randn(50, odd)))
+    g.add("integers", lambda x, i: torch.where(x > 0, i, i + 1), lambda: (g.randn(9, odd), numbers(9, odd)))
 
 
 def strange(g: Grid) -> torch.Tensor:
     """Rows with NaN, Inf and both zeros."""
     x = g.randn(8, 40)
-    x[1, 3], x[2, 5], x[3, 7], x[4] = math.nan, math.inf, -math.inf, 0.0
+    x[1, 3], x[2, 5], x[3, 7], x[4], x[5] = math.nan, math.inf, -math.inf, 0.0, -math.inf
     x[4, ::2] = -0.0
     return x
 
@@ -130,17 +136,20 @@ def layouts(g: Grid) -> None:
     g.add("transposed input", lambda x: F.gelu(x) + 1, lambda: (g.randn(n, 70).t(),), must=False)
     g.add("every second column", lambda x: F.softmax(x, -1), lambda: (g.randn(9, 2 * n)[:, ::2],))
     g.add("expanded input", lambda x, y: x + y, lambda: (g.randn(1, n).expand(9, n), g.randn(9, n)))
+
+    def shifted(d: torch.dtype, *shape: int) -> torch.Tensor:
+        return g.randn(math.prod(shape) + 1, dtype=d)[1:].view(shape)
+
     for name, d in DTYPES.items():
-        g.add(f"misaligned pointwise {name}", lambda x: x * 2 + 1, lambda d=d: (g.randn(9 * n + 1, dtype=d)[1:].view(9, n),))
-        g.add(f"misaligned product {name}", lambda x, w: x @ w,
-              lambda d=d: (g.randn(48 * n + 3, dtype=d)[3:].view(48, n), g.randn(n * 64 + 1, dtype=d)[1:].view(n, 64)))  # fmt: skip
-    g.add("misaligned attention", lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
-          lambda: tuple(g.randn(2 * 2 * n * 32 + 1, dtype=HALF)[1:].view(2, 2, n, 32) for _ in range(3)))  # fmt: skip
-    g.add("no elements", lambda x: F.gelu(x) + 1, lambda: (g.randn(0, n),), must=False)
-    g.add("product without rows", lambda x, w: F.linear(x, w), lambda: (g.randn(0, n), g.randn(8, n)), must=False)
+        g.add(f"misaligned pointwise {name}", lambda x: x * 2 + 1, lambda d=d: (shifted(d, 9, n),))
+        g.add(f"misaligned product {name}", torch.matmul, lambda d=d: (shifted(d, 48, n), shifted(d, n, 64)))
+    sdpa = F.scaled_dot_product_attention
+    g.add("misaligned attention", sdpa, lambda: tuple(shifted(HALF, 2, 2, n, 32) for _ in range(3)))
+    g.random("no elements", lambda x: F.gelu(x) + 1, SINGLE, (0, n), must=False)
+    g.random("product without rows", F.linear, SINGLE, (0, n), (8, n), must=False)
     many = torch.export.Dim("many", min=2, max=4096)
     net = nn.Sequential(nn.Linear(48, 40), nn.GELU(), nn.LayerNorm(40))
-    for count in (1, 7, g.size(1000, 50)):
+    for count in (0, 1, 7, g.size(1000, 50)):
         g.add(f"symbolic rows, {count}", net, lambda: (g.randn(9, 48),), dynamic=({0: many},),
               run=lambda c=count: (g.randn(c, 48),), must=False)  # fmt: skip
     g.cases.append(("look-up outside the table", lambda: outside(g)))
@@ -165,86 +174,88 @@ def outside(g: Grid) -> Row:
 
 def products(g: Grid) -> None:
     """Matrix products with what follows them."""
-    m, n, k = g.size(1576, 40), g.size(768, 48), g.size(768, 64)
+    m, n, k, deep = g.size(1576, 40), g.size(768, 48), g.size(768, 64), g.size(4096, 512)
     for name, d in DTYPES.items():
         linear = nn.Linear(k, n).to(d)
-        g.add(f"linear, gelu {name}", nn.Sequential(linear, nn.GELU()), lambda d=d: (g.randn(m, k, dtype=d),))
-        g.add(f"linear, residual {name}", lambda x, y, w, b: F.linear(x, w, b) + y,
-              lambda d=d: (g.randn(3, 7, k, dtype=d), g.randn(3, 7, n, dtype=d), g.randn(n, k, dtype=d), g.randn(n, dtype=d)))  # fmt: skip
-        g.add(f"odd sizes {name}", nn.Sequential(nn.Linear(77, 51), nn.SiLU()).to(d), lambda d=d: (g.randn(33, 77, dtype=d),))
-        g.add(f"few rows, split depth {name}", nn.Sequential(nn.Linear(g.size(4096, 512), 96), nn.ReLU()).to(d),
-              lambda d=d: (g.randn(2, g.size(4096, 512), dtype=d),))  # fmt: skip
-        g.add(f"one row {name}", nn.Linear(k, n).to(d), lambda d=d: (g.randn(1, k, dtype=d),))
-        g.add(f"bmm {name}", lambda x, y: x @ y, lambda d=d: (g.randn(5, 40, 33, dtype=d), g.randn(5, 33, 20, dtype=d)))
-        g.add(f"product with a transposed operand {name}", lambda x, y: x.t() @ y.t(),
-              lambda d=d: (g.randn(k, 40, dtype=d), g.randn(24, k, dtype=d)))  # fmt: skip
-    g.add("baddbmm", lambda a, x, y: torch.baddbmm(a, x, y, alpha=0.5, beta=2.0),
-          lambda: (g.randn(3, 20, 24), g.randn(3, 20, 32), g.randn(3, 32, 24)), must=False)  # fmt: skip
-    g.add("addmm", lambda a, x, y: torch.addmm(a, x, y), lambda: (g.randn(24), g.randn(20, 32), g.randn(32, 24)))
+        g.random(f"linear, gelu {name}", nn.Sequential(linear, nn.GELU()), d, (m, k))
+        g.random(f"linear, residual {name}", lambda x, y, w, b: F.linear(x, w, b) + y, d,
+                 (3, 7, k), (3, 7, n), (n, k), (n,))  # fmt: skip
+        g.random(f"odd sizes {name}", nn.Sequential(nn.Linear(77, 51), nn.SiLU()).to(d), d, (33, 77))
+        g.random(f"few rows, split depth {name}", nn.Sequential(nn.Linear(deep, 96), nn.ReLU()).to(d), d, (2, deep))
+        g.random(f"one row {name}", linear, d, (1, k))
+        g.random(f"bmm {name}", torch.matmul, d, (5, 40, 33), (5, 33, 20))
+        g.random(f"one row of each {name}", torch.matmul, d, (5, 1, 33), (5, 33, 20))
+        g.random(f"transposed operands {name}", lambda x, y: x.t() @ y.t(), d, (k, 40), (24, k))
+    g.random("baddbmm", lambda a, x, y: torch.baddbmm(a, x, y, alpha=0.5, beta=2.0), SINGLE,
+             (3, 20, 24), (3, 20, 32), (3, 32, 24), must=False)  # fmt: skip
+    g.random("addmm", torch.addmm, SINGLE, (24,), (20, 32), (32, 24))
 
 
 def attentions(g: Grid) -> None:
     """Attention: masks, groups, sizes of heads, few queries."""
-    n, sdpa = g.size(197, 37), F.scaled_dot_product_attention
-    long = g.size(1024, 70)
+    n, long, keys = g.size(197, 37), g.size(1024, 70), g.size(5000, 300)
 
-    def qkv(d: torch.dtype, tokens: int, features: int, keys: int | None = None) -> Tensors:
-        return tuple(g.randn(2, 4, t, features, dtype=d) for t in (tokens, keys or tokens, keys or tokens))
+    def sdpa(**options: Any) -> Callable[..., torch.Tensor]:
+        return lambda q, k, v, m=None: F.scaled_dot_product_attention(q, k, v, attn_mask=m, **options)
+
+    def some(d: torch.dtype, *counts: int) -> list[torch.Tensor]:
+        return [g.randn(2, 4, count, 64, dtype=d) for count in counts]
 
     for name, d in DTYPES.items():
-        g.add(f"attention {name}", lambda q, k, v: sdpa(q, k, v), lambda d=d: qkv(d, n, 64))
-        g.add(f"causal {name}", lambda q, k, v: sdpa(q, k, v, is_causal=True), lambda d=d: qkv(d, long, 64))
-        g.add(f"boolean mask {name}", lambda q, k, v, m: sdpa(q, k, v, attn_mask=m),
-              lambda d=d: (*qkv(d, n, 64), torch.rand(2, 1, n, n, device=g.device) > 0.3))  # fmt: skip
-        g.add(f"additive mask {name}", lambda q, k, v, m: sdpa(q, k, v, attn_mask=m),
-              lambda d=d: (*qkv(d, n, 64), g.randn(2, 1, 1, n, dtype=d)))  # fmt: skip
-        g.add(f"grouped heads {name}", lambda q, k, v: sdpa(q, k, v, is_causal=True, enable_gqa=True),
-              lambda d=d: (g.randn(2, 8, n, 64, dtype=d), *(g.randn(2, 2, n, 64, dtype=d) for _ in range(2))))  # fmt: skip
-        g.add(f"one query {name}", lambda q, k, v: sdpa(q, k, v, enable_gqa=True),
-              lambda d=d: (g.randn(2, 8, 1, 64, dtype=d), *(g.randn(2, 2, g.size(5000, 300), 64, dtype=d) for _ in range(2))))  # fmt: skip
-    for features in (24, 80, 128, 256) if not g.toy else (24, 80):
-        g.add(f"heads of {features}", lambda q, k, v: sdpa(q, k, v), lambda f=features: qkv(HALF, n, f))
-    g.add("more keys than queries", lambda q, k, v: sdpa(q, k, v), lambda: qkv(HALF, 33, 64, g.size(500, 90)))
-    g.add("heads inside tokens", lambda q, k, v: sdpa(*(t.transpose(1, 2) for t in (q, k, v))),
-          lambda: tuple(g.randn(2, n, 4, 64, dtype=HALF) for _ in range(3)))  # fmt: skip
-    g.add("rows that see nothing", lambda q, k, v, m: sdpa(q, k, v, attn_mask=m),
-          lambda: (*qkv(HALF, n, 64), (torch.arange(n, device=g.device) > 5)[:, None].expand(n, n).contiguous()))  # fmt: skip
+        own = (2, 4, n, 64)
+        g.random(f"attention {name}", sdpa(), d, own, own, own)
+        g.random(f"causal {name}", sdpa(is_causal=True), d, *[(2, 4, long, 64)] * 3)
+        g.random(f"additive mask {name}", sdpa(), d, own, own, own, (2, 1, 1, n))
+        g.add(f"boolean mask {name}", sdpa(),
+              lambda d=d: (*some(d, n, n, n), g.randn(2, 1, n, n) > -0.5))  # fmt: skip
+        g.random(f"grouped heads {name}", sdpa(is_causal=True, enable_gqa=True), d, (2, 8, n, 64), *[(2, 2, n, 64)] * 2)
+        g.random(f"one query {name}", sdpa(enable_gqa=True), d, (2, 8, 1, 64), *[(2, 2, keys, 64)] * 2)
+    for features in (24, 80) if g.toy else (24, 80, 128, 256):
+        g.random(f"heads of {features}", sdpa(), HALF, *[(2, 4, n, features)] * 3)
+    g.random("more keys than queries", sdpa(), HALF, (2, 4, 33, 64), *[(2, 4, g.size(500, 90), 64)] * 2)
+    g.random("heads inside tokens", lambda *qkv: F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in qkv)),
+             HALF, *[(2, n, 4, 64)] * 3)  # fmt: skip
+    g.add("rows that see nothing", sdpa(), lambda: (*some(HALF, n, n, n), (g.randn(n, 1) > 0).repeat(1, n)))
     distance = torch.arange(long)[:, None] - torch.arange(long)
-    window = Net(lambda s, q, k, v: sdpa(q, k, v, s.mask), mask=(distance >= 0) & (distance < long // 4))
-    g.add("constant window", window, lambda: qkv(HALF, long, 64))
-    g.add("few queries, symbolic keys", lambda q, k, v: sdpa(q, k, v),
-          lambda: (g.randn(2, 4, 1, 64, dtype=HALF), *(g.randn(2, 4, 50, 64, dtype=HALF) for _ in range(2))),
-          dynamic=(None, {2: torch.export.Dim("keys", min=2, max=9000)}, {2: torch.export.Dim("keys", min=2, max=9000)}),
-          run=lambda: (g.randn(2, 4, 1, 64, dtype=HALF), *(g.randn(2, 4, 333, 64, dtype=HALF) for _ in range(2))), must=False)  # fmt: skip
+    window = Net(lambda s, *qkv: F.scaled_dot_product_attention(*qkv, s.mask),
+                 mask=(distance >= 0) & (distance < long // 4))  # fmt: skip
+    g.random("constant window", window, HALF, *[(2, 4, long, 64)] * 3)
+    many = torch.export.Dim("many", min=2, max=9000)
+    g.add("one query, symbolic keys", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), lambda: tuple(some(HALF, 1, 50, 50)),
+          dynamic=(None, {2: many}, {2: many}), run=lambda: tuple(some(HALF, 1, 333, 333)))  # fmt: skip
 
 
 def others(g: Grid) -> None:
     """What may have no template: named, and no fault unless a kernel is wrong."""
-    x = lambda c=16: (g.randn(2, c, g.size(28, 9), g.size(28, 9), dtype=HALF),)  # noqa: E731
+    side = g.size(28, 9)
     for name, conv in (
         ("conv 3x3", nn.Conv2d(16, 24, 3, padding=1)), ("conv 1x1", nn.Conv2d(16, 24, 1)),
         ("depthwise conv", nn.Conv2d(16, 16, 3, padding=1, groups=16)), ("conv, stride 2", nn.Conv2d(16, 8, 3, 2, 1)),
         ("patches", nn.Conv2d(16, 32, 4, 4)), ("dilated conv", nn.Conv2d(16, 8, 3, dilation=2)),
     ):  # fmt: skip
-        g.add(name, nn.Sequential(conv, nn.ReLU()).half(), x, must=False)
-        g.add(f"{name}, channels last", nn.Sequential(conv, nn.ReLU()).half(),
-              lambda: (x()[0].to(memory_format=torch.channels_last),), must=False)  # fmt: skip
-    g.add("pooling", lambda x: F.max_pool2d(x, 3, 2, 1), x, must=False)
-    merge = getattr(ops, "merge_tokens", None)
+        net = nn.Sequential(conv, nn.ReLU()).half()
+        g.random(name, net, HALF, (2, 16, side, side), must=False)
+        g.add(f"{name}, channels last", net, lambda: (g.randn(2, side, side, 16, dtype=HALF).permute(0, 3, 1, 2),),
+              must=False)  # fmt: skip
+    g.random("pooling", lambda x: F.max_pool2d(x, 3, 2, 1), HALF, (2, 16, side, side), must=False)
+    merge, tokens = getattr(ops, "merge_tokens", None), g.size(197, 17)
     if merge is not None:
         g.add("merge tokens", lambda x, s, m: merge()(x, s, m, 3, [0])[0],
-              lambda: (g.randn(2, g.size(197, 17), 64), torch.ones(2, g.size(197, 17), device=g.device),
-                       g.randn(2, g.size(197, 17), 32)), must=False)  # fmt: skip
+              lambda: (g.randn(2, tokens, 64), torch.ones(2, tokens, device=g.device), g.randn(2, tokens, 32)),
+              must=False)  # fmt: skip
 
 
 def large(g: Grid) -> None:
     """Offsets that do not fit 31 bits."""
-    n = g.size(2**31 // 1024 + 524288, 40)
-    g.add("pointwise, more than 2^31 elements", lambda x: x * 2 + 1, lambda: (g.randn(n, g.size(1024, 40), dtype=BRAIN),))
-    g.add("softmax, more than 2^31 elements", lambda x: F.softmax(x, -1), lambda: (g.randn(n, g.size(1024, 40), dtype=BRAIN),))
-    m, k = g.size(70000, 40), g.size(256, 32)
-    g.add("product of more than 2^31 elements", lambda x, w: F.linear(x, w),
-          lambda: (g.randn(m, k, dtype=HALF), g.randn(g.size(32000, 48), k, dtype=HALF)))  # fmt: skip
+    shape, m, k, n = (
+        (g.size(2**21 + 524288, 40), g.size(1024, 40)),
+        g.size(70000, 40),
+        g.size(256, 32),
+        g.size(32000, 48),
+    )
+    g.random("pointwise, more than 2^31 elements", lambda x: x * 2 + 1, BRAIN, shape)
+    g.random("softmax, more than 2^31 elements", lambda x: F.softmax(x, -1), BRAIN, shape)
+    g.random("product, more than 2^31 elements", F.linear, HALF, (m, k), (n, k))
 
 
 def cases(request: Mapping[str, Any]) -> list[tuple[str, Make]]:

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
 POISONED = 3  # exit status after an error that leaves the device unusable for this process
+HUGE = "2^31"  # in the label of a case that needs tens of GiB
 START = 90.0  # seconds until a child must have said something
 
 
@@ -39,8 +41,13 @@ class Child:
     def message(self, until: float) -> Message | None:
         """The next message, None when the child has ended. Raises TimeoutError at `until` (of `time.time`)."""
         while b"\n" not in self.buffer:
-            if not select.select([self.reader], [], [], max(0.0, until - time.time()))[0]:
-                raise TimeoutError
+            over = self.process.poll() is not None  # asked first: what it wrote before its end is still read
+            if not select.select([self.reader], [], [], max(0.0, min(0.5, until - time.time())))[0]:
+                if over:  # a process that it forked may keep the pipe open
+                    return None
+                if time.time() >= until:
+                    raise TimeoutError
+                continue
             if not (data := os.read(self.reader, 65536)):
                 return None
             self.buffer += data
@@ -48,11 +55,11 @@ class Child:
         found: Message = json.loads(line)
         return found
 
-    def go(self) -> None:
-        """Let a child that waits go on."""
+    def go(self, until: float = 0.0) -> None:
+        """Let a child that waits go on, and say until when it may."""
         assert self.process.stdin is not None
         with contextlib.suppress(OSError):
-            self.process.stdin.write(b"go\n")
+            self.process.stdin.write(f"{until}\n".encode())
             self.process.stdin.flush()
 
     def end(self) -> str:
@@ -69,28 +76,32 @@ class Child:
         return "was ended" if ended is None else f"ended with status {ended}"
 
 
-def run_cases(request: Mapping[str, Any], until: float, patience: float, log: Path, keep: Callable[[Message], None]) -> bool:
-    """Run the cases of a section in a child; one that crashes or hangs is named, and the next child goes on behind it.
+def run_cases(request: Mapping[str, Any], until: float, patience: float, log: Path, keep: Callable[[Message], None],
+              first: Child | None = None) -> bool:  # fmt: skip
+    """Run cases in a child; one that crashes or hangs is named, and the next child goes on behind it.
 
     Args:
         until: when to stop (of `time.time`).
         patience: seconds of one case.
-        keep: called with each result: ``row``, or ``failed`` and ``why``.
+        keep: called with each result: ``row`` and ``label``, or ``failed`` and ``why``.
+        first: a child that was started for this request and waits.
 
     Returns:
         Whether all cases were run.
     """
     skip = 0
     while time.time() < until:
-        child, label, limit = Child({**request, "skip": skip, "until": until}, log), None, START
+        child = first or Child({**request, "skip": skip}, log)
+        label, limit, first = None, START, None
+        child.go(until)
         try:
             while (message := child.message(min(until, time.time() + limit))) is not None:
                 limit = patience
-                if message.get("done"):
+                if "done" in message:
                     return bool(message["all"])
                 if "begin" in message:
                     label, skip = message["begin"], message["number"] + 1
-                else:
+                elif "started" not in message:
                     keep(message)
                     label = None
             how = "the process " + child.end()
@@ -98,15 +109,19 @@ def run_cases(request: Mapping[str, Any], until: float, patience: float, log: Pa
             how = "no time was left" if time.time() >= until else f"took more than {limit:.0f} s"
         finally:
             child.end()
-        if label is None and how.startswith("the process") and "status 3" not in how:
-            keep({"failed": request.get("section", request["kind"]), "why": f"{how}, see the log"})
-            return False
         if label is not None:
             keep({"failed": label, "why": how})
+        elif not how.endswith(f"status {POISONED}"):  # it failed between cases: another one would, too
+            keep({"failed": str(request.get("section", request["kind"])), "why": f"{how}, see the log"})
+            return False
     return False
 
 
-def _serve_cases(request: Mapping[str, Any], emit: Callable[[Message], None]) -> None:
+def _serve_cases(request: Mapping[str, Any], emit: Callable[[Message], None], wait: Callable[[], float]) -> None:
+    from gpu_ours import compilers, interpreted
+
+    if not interpreted():
+        compilers()
     import torch
 
     if request["kind"] == "check":
@@ -114,20 +129,22 @@ def _serve_cases(request: Mapping[str, Any], emit: Callable[[Message], None]) ->
     else:
         from gpu_kernels import cases as listed
     found = listed(request)
-    chosen = [(k, c) for k, c in enumerate(found) if k >= request["skip"] and request.get("match", "") in c[0]]
-    for number, (label, make) in chosen:
-        if time.time() > request["until"]:
+    _idle(torch)
+    emit({"started": True})
+    until = wait()
+    for number, (label, make) in enumerate(found):
+        if number < request["skip"] or request["match"] not in label or not _mine(number, label, request):
+            continue
+        if time.time() > until:
             emit({"done": True, "all": False})
             return
         emit({"begin": label, "number": number})
         start = time.time()
         try:
-            row = make()
-            emit({"row": row, "label": label, "took": time.time() - start})
-        except Exception as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
-            emit({"failed": label, "why": why})
-            print(f"{label}: {why}", file=sys.stderr, flush=True)
+            emit({"row": make(), "label": label, "took": time.time() - start})
+        except Exception as error:  # whatever it is, it costs this case
+            emit({"failed": label, "why": f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"})
+            traceback.print_exc()
             try:
                 _idle(torch)
             except Exception:
@@ -136,6 +153,14 @@ def _serve_cases(request: Mapping[str, Any], emit: Callable[[Message], None]) ->
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     emit({"done": True, "all": True})
+
+
+def _mine(number: int, label: str, request: Mapping[str, Any]) -> bool:
+    """Whether a case belongs to this one of several processes; the first has all cases that need much memory."""
+    share, shares = request.get("share", 0), request.get("shares", 1)
+    if shares == 1:
+        return True
+    return share == (0 if HUGE in label else 1 + number % (shares - 1))
 
 
 def _idle(torch: Any) -> None:
@@ -164,18 +189,22 @@ def _ceilings(request: Mapping[str, Any], emit: Callable[[Message], None]) -> No
 def main() -> None:
     """Serve one request."""
     request, pipe = json.loads(sys.argv[1]), os.fdopen(int(sys.argv[2]), "w", buffering=1)
+    os.set_inheritable(pipe.fileno(), False)
 
     def emit(message: Message) -> None:
         print(json.dumps(message), file=pipe, flush=True)
 
+    def wait() -> float:
+        return float(sys.stdin.readline())
+
     if request["kind"] == "model":
         from gpu_models import serve
 
-        serve(request, emit, sys.stdin.readline)
+        serve(request, emit, wait)
     elif request["kind"] == "ceilings":
         _ceilings(request, emit)
     else:
-        _serve_cases(request, emit)
+        _serve_cases(request, emit, wait)
     os._exit(0)  # pools of compile threads would take their time
 
 

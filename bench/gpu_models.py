@@ -8,7 +8,6 @@ Sampling waits until the parent says that nothing else runs.
 from __future__ import annotations
 
 import contextlib
-import copy
 import fcntl
 import signal
 import time
@@ -31,6 +30,7 @@ MODES = {"compile": "default", "reduce-overhead": "reduce-overhead", "max-autotu
          "max-autotune-graphs": "max-autotune"}  # fmt: skip
 PEERS = ("compile", "reduce-overhead", "max-autotune")  # in the order in which they are built
 FLOOR = {torch.float16: 1e-3, torch.bfloat16: 8e-3, torch.float32: 1e-5}  # error that is never held against anyone
+LAST = 80.0  # seconds before the end at which ours is built beside the measurements of others
 TINY = ("vit", "bert", "llama")
 
 
@@ -150,7 +150,7 @@ class Race:
         model, args = model.to(device), tuple(a.to(device) for a in args)
         torch.backends.cudnn.allow_tf32 = False
         with torch.no_grad():
-            wanted = copy.deepcopy(model)(*args).float()
+            wanted = model(*args).float()
         torch.backends.cudnn.allow_tf32 = True
         model = model.to(dtype).requires_grad_(False)
         args = tuple(a.to(dtype) if a.is_floating_point() else a for a in args)
@@ -198,24 +198,27 @@ class Race:
         compiled = torch.compile(self.model, mode=MODES[name], dynamic=False)
         return lambda: compiled(*self.args)
 
-    def build(self, emit: Emit) -> None:
-        """All contenders: ours as soon as nobody else measures, the peers meanwhile."""
+    def build(self, emit: Emit, until: float) -> None:
+        """All contenders: ours as soon as nobody else measures, the peers meanwhile.
+
+        Args:
+            until: of `time.time`; what is not built then is left out.
+        """
         turn = Turn(Path(self.request["lock"]))
         share_with_inductor(turn)
         peers, ours = list(self.request["peers"]), self.request["ours"]
         while peers or ours:
-            left = self.request["until"] - time.time()
-            if ours and (not self.request["exclusive"] or turn.take(0.5 if peers else max(left, 0.0))):
-                ours = False
-                self.enter(OURS, self.ours, min(left, self.request["patience"]))
-                if self.request["exclusive"]:
-                    turn.give()
-                name = OURS
-            elif peers:
+            left = until - time.time()
+            mine = ours and turn.take(0.5 if peers else max(left - LAST, 0.0))
+            if mine or not peers:
+                name, ours = OURS, False
+                self.row["alone"] = mine  # whether nothing else was measured while our kernels were
+                self.enter(name, self.ours, min(until - time.time(), self.request["patience"]))
+            else:
                 name = peers.pop(0)
                 self.enter(name, lambda n=name: self.peer(n), min(left, self.request["patience"]))  # type: ignore[misc]
-            else:
-                self.row["failed"][OURS], ours, name = "its turn never came", False, OURS
+            if mine:
+                turn.give()
             emit({"built": name, "why": self.row["failed"].get(name), "took": self.row["build_seconds"].get(name)})
 
     def run(self) -> dict[str, Any]:
@@ -241,11 +244,12 @@ class Race:
         return self.row
 
 
-def serve(request: Mapping[str, Any], emit: Emit, wait: Callable[[], None]) -> None:
-    """Build, wait until the parent says go, sample."""
+def serve(request: Mapping[str, Any], emit: Emit, wait: Callable[[], float]) -> None:
+    """Load; when told until when, build; when told again, sample."""
     with torch.no_grad():
         race = Race.of(request)
-        race.build(emit)
+        emit({"loaded": True})
+        race.build(emit, wait())
         emit({"ready": True})
         wait()
         emit({"row": race.run()})

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import math
+import multiprocessing
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +23,12 @@ from torchlathe.codegen.base import Kernel, Region, Schedule
 from torchlathe.codegen.eager import EagerBackend
 from torchlathe.codegen.partition import partition
 from torchlathe.codegen.triton.backend import TritonBackend
-from torchlathe.codegen.triton.compile import interpreted
+from torchlathe.codegen.triton.compile import compile_launch, interpreted
 from torchlathe.passes.capture import capture
 from torchlathe.passes.verify import difference
 from torchlathe.targets.target import Target
 
 Tensors = tuple[torch.Tensor, ...]
-COMPILERS = 8  # threads that compile candidates
 CHUNK = 2**26  # elements that are compared at once
 
 
@@ -47,6 +51,32 @@ def here(device: str) -> Target:
     if device == "cpu" and not interpreted():
         raise RuntimeError("kernels run on the CPU with TRITON_INTERPRET=1 only")
     return targets.get("cuda" if device == "cuda" else "nvidia-sm90")
+
+
+@functools.cache
+def compilers() -> ProcessPoolExecutor:
+    """Processes that fill Triton's cache. Ask for them before the device is used: they are forks of this process."""
+    count = int(os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "4"))
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("fork"))
+    list(pool.map(time.sleep, [0.1] * count))  # a process is made when there is work for it
+    return pool
+
+
+def compile_ahead(backend: TritonBackend, region: Region, target: Target, schedules: Sequence[Schedule]) -> None:
+    """Compile all schedules at the same time. What fails here fails again where it is asked for."""
+    plan, name, jobs = backend._plan(region, target), backend._named(region), []
+    for schedule in schedules:
+        with contextlib.suppress(Exception):
+            code = plan.code(name, schedule, target)
+            dtypes = [*(t.dtype for t in plan.tensors), *(dtype for _, dtype in code.scratch)]
+            jobs += [compilers().submit(_compiled, code, launch, dtypes, target) for launch in code.launches]
+    for job in jobs:
+        with contextlib.suppress(Exception):
+            job.result()
+
+
+def _compiled(*job: Any) -> None:
+    compile_launch(*job)  # the result stays in the cache on the disk
 
 
 def operands(kernel: Kernel, values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -151,8 +181,10 @@ def _candidates(backend: TritonBackend, region: Region, target: Target, values: 
             return Candidate(schedule, reason=f"{type(error).__name__}: {str(error)[:300]}")
 
     schedules = list(itertools.islice(backend.space(region, target), most))
-    with ThreadPoolExecutor(1 if interpreted() else COMPILERS) as pool:
-        found = list(pool.map(made, schedules))
+    if len(schedules) > 1 and not interpreted():
+        with contextlib.suppress(Exception):  # only a matter of speed
+            compile_ahead(backend, region, target, schedules)
+    found = [made(s) for s in schedules]
     for candidate in found:
         if candidate.kernel is None:
             continue
