@@ -221,8 +221,9 @@ def attentions(g: Grid) -> None:
                  mask=(distance >= 0) & (distance < long // 4))  # fmt: skip
     g.random("constant window", window, HALF, *[(2, 4, long, 64)] * 3)
     many = torch.export.Dim("many", min=2, max=9000)
-    g.add("one query, symbolic keys", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), lambda: tuple(some(HALF, 1, 50, 50)),
-          dynamic=(None, {2: many}, {2: many}), run=lambda: tuple(some(HALF, 1, 333, 333)))  # fmt: skip
+    g.add("one query, symbolic keys", lambda *qkv: F.scaled_dot_product_attention(*qkv),
+          lambda: tuple(some(HALF, 1, 50, 50)), dynamic=(None, {2: many}, {2: many}),
+          run=lambda: tuple(some(HALF, 1, 333, 333)))  # fmt: skip
 
 
 def others(g: Grid) -> None:

@@ -171,9 +171,10 @@ class Race:
                 took = time.perf_counter() - start
                 error = ((result.float() - self.wanted).abs().max() / self.wanted.abs().max()).item()
         except Exception as reason:  # whatever it is, it costs this contender
-            text = (str(reason).strip().splitlines() or [""])[0][:300]
-            self.row["failed"][name] = f"{type(reason).__name__}: {text}"
-            self.row["build_seconds"][name] = time.perf_counter() - start
+            took, text = time.perf_counter() - start, (str(reason).strip().splitlines() or [""])[0][:300]
+            late = f"took more than {patience:.0f} s; " if took >= patience else ""  # others word it in their own way
+            self.row["failed"][name] = f"{late}{type(reason).__name__}: {text}"
+            self.row["build_seconds"][name] = took
             return
         self.row["build_seconds"][name], self.row["error"][name] = took, error
         allowed = 2 * self.row["error"]["eager"] + FLOOR[self.args[0].dtype if self.args[0].is_floating_point()
@@ -189,8 +190,9 @@ class Race:
 
         options: dict[str, Any] = {"budget": self.request["tune"], "level": self.request["level"]}
         fast = torchlathe.optimize(self.model, self.args, target=self.request["device"], **options)
-        kernels = [f"{k.kernel.backend} {k.kernel.name} {k.kernel.schedule}" for k in getattr(fast, "choices", [])]
-        self.row["kernels"], self.row["notes"] = kernels, list(getattr(fast.report, "notes", []))
+        with contextlib.suppress(AttributeError):  # for the reader alone
+            self.row["notes"] = list(fast.report.notes)
+            self.row["kernels"] = [f"{c.kernel.backend} {c.kernel.name} {c.kernel.schedule}" for c in fast.choices]
         return lambda: fast(*self.args)
 
     def peer(self, name: str) -> Call:
@@ -231,12 +233,12 @@ class Race:
         cells = {"model": self.row["model"], "batch": str(self.row["batch"])}
         names = (OURS, "eager", *self.request["peers"])
         cells |= {f"{n}, ms": f"{timings[n].median * 1e3:.3f}" if n in timings else "-" for n in names}
-        if OURS in timings and len(timings) > 1:
-            others = {n: t for n, t in timings.items() if n != "eager"}
-            best = best_of(others if len(others) > 1 else timings, OURS)
+        rivals = {n: t for n, t in timings.items() if n != "eager"}
+        if OURS in rivals and len(rivals) > 1:
+            best = best_of(rivals, OURS)
             self.row["ratio"], self.row["best"] = best[1].ratio, best[0]
             cells["best peer / ours"] = ratio_text(best)
-        if OURS in timings:
+        if OURS in rivals:
             cells["eager / ours"] = f"{Comparison.of(timings[OURS], timings['eager']).ratio:.2f}"
         if OURS in self.row["error"]:
             cells["error of ours, of eager"] = f"{self.row['error'][OURS]:.1e}, {self.row['error']['eager']:.1e}"
