@@ -156,7 +156,7 @@ def _wave(options: argparse.Namespace, children: dict[Row, Child], coming: dict[
     """Build some rows at the same time, then sample each while nothing else runs."""
     limit = min(time.time() + options.wave, max(time.time() + 20, until - SAMPLING / 3 * len(children)))
     for child in children.values():
-        child.go(limit - 5)
+        child.go(limit - 20)  # what is cut off then needs some time to end
     ready = []
     for row, child in children.items():
         row_label = f"{row[0]}, batch {row[1]}"
