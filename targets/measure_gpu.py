@@ -33,16 +33,16 @@ def compare_kernels(
 ) -> dict[str, Timing]:
     """Seconds of one call of each candidate on the GPU alone, without what it costs to queue it.
 
-    Each sample replays a graph of several calls, each after a write that fills the second-level cache; the time of the
-    same graph with the writes alone is taken off. A candidate that cannot be captured is queued call by call.
+    Each sample replays a graph of several calls, each after a read that fills the second-level cache (what is written
+    would have to leave it while the kernel runs); the time of the same graph with the reads alone is taken off. A candidate that cannot be captured is queued call by call.
 
     Args:
         fns: candidates by name, callables of no arguments.
         budget: seconds of sampling for all together.
         min_rounds: rounds to run even if they exceed the budget.
     """
-    size = 2 * int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20)
-    sweep = torch.empty(size, dtype=torch.uint8, device=device)
+    size = 3 * int(getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or 64 << 20)
+    sweep = torch.zeros(size // 4, device=device)
     replays: dict[str, tuple[Call, int]] = {}
     idle: dict[int, Call] = {}
     for name, fn in fns.items():
@@ -68,7 +68,7 @@ def _count(fn: Call) -> int:
 def _recorded(fn: Call, sweep: torch.Tensor, count: int) -> Call:
     def calls() -> None:
         for _ in range(count):
-            sweep.zero_()
+            sweep.sum()
             fn()
 
     try:
