@@ -2,45 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import sympy
-import torch
 from tvm import tirx
 
-from ..plans.layout import Access
+from ..plans.tokens import Best
 from . import math as vector
 from .emit import integer, parallel, parameters, prim_func, serial
 from .layout import Sizes
 from .math import Block, assign, on_stack, read, register
 from .ranking import MASKED, Scratch, load, mark_best, store
-
-
-@dataclass
-class Best:
-    """The best tokens of each sample.
-
-    Attributes:
-        tensors: of the parameters: the scores, then the chosen places.
-        score: walk of [batch, tokens].
-        batch: number of samples.
-        tokens: number of scores.
-        chosen: number of results.
-        protected: places that are always chosen.
-    """
-
-    tensors: list[torch.Tensor]
-    score: Access
-    batch: sympy.Expr
-    tokens: int
-    chosen: int
-    protected: tuple[int, ...]
-
-    @property
-    def flops(self) -> int:
-        """Comparisons of one call, 0 if the batch is symbolic."""
-        return int(self.batch) * self.tokens * self.tokens if self.batch.is_Integer else 0
 
 
 def function(best: Best, name: str, lanes: int, threaded: bool) -> Any:

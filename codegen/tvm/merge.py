@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from tvm import tirx
 
 from ...passes import token_ops
 from ..plans.layout import Access
+from ..plans.tokens import Merge
 from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, serial, take
 from .layout import Sizes
 from .math import Block, assign, horizontal, on_stack, read, register
@@ -27,64 +27,6 @@ HEIGHT = 4  # even tokens of a tile
 VECTORS = 4  # vectors of odd tokens of a tile: 16 accumulators
 WIDE = 8  # float64 numbers of a vector; where a vector holds fewer, the code generator takes several
 RUN = 8  # tokens of one task where tokens are averaged
-
-
-@dataclass
-class Merge:
-    """A token merging over [batch, tokens, features] with a metric of its own number of features.
-
-    Attributes:
-        tensors: of the parameters: inputs, then outputs.
-        input, size, metric: walks of [batch, tokens(, features)].
-        valid: the walk of [batch, tokens], None without padding.
-        outputs: positions of the parameters for the four results; None for one that nobody reads.
-        batch: number of samples.
-        tokens: before.
-        left: after.
-        features: of a token.
-        compared: features of the metric.
-        protected: places of tokens that stay alone.
-    """
-
-    tensors: list[torch.Tensor]
-    input: Access
-    size: Access
-    metric: Access
-    valid: Access | None
-    outputs: tuple[int | None, ...]
-    batch: sympy.Expr
-    tokens: int
-    left: int
-    features: int
-    compared: int
-    protected: tuple[int, ...]
-
-    @property
-    def even(self) -> int:
-        """Tokens at even places."""
-        return (self.tokens + 1) // 2
-
-    @property
-    def odd(self) -> int:
-        """Tokens at odd places."""
-        return self.tokens // 2
-
-    @property
-    def padded(self) -> int:
-        """Odd tokens in whole tiles."""
-        return -(-self.odd // (WIDE * VECTORS)) * WIDE * VECTORS
-
-    @property
-    def pitch(self) -> int:
-        """Elements from one feature of the odd tokens to the next: no power of two, which would share cache sets."""
-        return self.padded + WIDE
-
-    @property
-    def flops(self) -> int:
-        """Floating point operations of one call, 0 if the batch is symbolic."""
-        if not self.batch.is_Integer:
-            return 0
-        return 2 * int(self.batch) * (self.even * self.odd * self.compared + self.tokens * self.features)
 
 
 def function(merge: Merge, name: str, lanes: int, threaded: bool) -> Any:
@@ -110,12 +52,22 @@ class _Emitter:
     memory: Memory
     scratch: Scratch = field(default_factory=Scratch)
 
+    @property
+    def padded(self) -> int:
+        """Odd tokens in whole tiles."""
+        return -(-self.merge.odd // (WIDE * VECTORS)) * WIDE * VECTORS
+
+    @property
+    def pitch(self) -> int:
+        """Elements from one feature of the odd tokens to the next: no power of two, which would share cache sets."""
+        return self.padded + WIDE
+
     def statements(self) -> list[Any]:
         """Allocate, then one loop after the other."""
         m, b = self.merge, Block(1)
         batch = b.let(self.sizes.tir(m.batch))
         for name, dtype, count in (
-            ("odd", "float64", m.compared * m.pitch), ("row", "float64", m.compared * m.even),
+            ("odd", "float64", m.compared * self.pitch), ("row", "float64", m.compared * m.even),
             ("inverse", "float64", m.tokens), ("kind", "int32", m.tokens),
             ("best", "float32", m.even), ("partner", "int32", m.even), ("gone", "int32", m.even),
             ("place", "int32", m.tokens), ("total", "float32", m.left), ("start", "int32", m.left + 1),
@@ -176,8 +128,8 @@ class _Emitter:
             exact = b.let(tirx.Cast(b.dtype("float64"), x))
             b.statements.append(assign(total, read(total) + exact * exact))
             if odd:
-                at = (sample * integer(m.compared) + feature) * integer(m.pitch) + half
-                index = at if lanes == 1 else tirx.Ramp(at, integer(m.pitch), lanes)
+                at = (sample * integer(m.compared) + feature) * integer(self.pitch) + half
+                index = at if lanes == 1 else tirx.Ramp(at, integer(self.pitch), lanes)
                 b.statements.append(tirx.BufferStore(self.scratch["odd"], exact, [index]))
             else:
                 at = (sample * integer(m.even) + half) * integer(m.compared) + feature
@@ -201,7 +153,7 @@ class _Emitter:
         inverse = [b.let(load(self.scratch["inverse"], of + row * integer(2))) for row in rows]
         block = tirx.Var("block", "int64")
         body = self._products(sample, rows, block * integer(WIDE * VECTORS), inverse, kinds, best, partner)
-        b.statements.append(serial(block, integer(m.padded // (WIDE * VECTORS)), body))
+        b.statements.append(serial(block, integer(self.padded // (WIDE * VECTORS)), body))
         for row, kind, x, y in zip(rows, kinds, best, partner, strict=True):
             b.statements += self._joined(sample * integer(m.even) + row, kind, x, y)
         return b.statements
@@ -214,7 +166,7 @@ class _Emitter:
         for total in itertools.chain(*sums):
             start.statements += [on_stack(total), assign(total, start.const(0.0, "float64"))]
         inner, one = Block(WIDE), Block(1)
-        base = one.let((sample * integer(m.compared) + d) * integer(m.pitch) + first)
+        base = one.let((sample * integer(m.compared) + d) * integer(self.pitch) + first)
         columns = [inner.let(take(inner, self.scratch["odd"], base + integer(v * WIDE))) for v in range(VECTORS)]
         for row, totals in zip(rows, sums, strict=True):
             at = (sample * integer(m.even) + row) * integer(m.compared) + d
