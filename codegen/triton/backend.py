@@ -26,6 +26,7 @@ from .compile import Binary, compile_launch, interpreted, is_here, resources, ru
 from .matmul import MatmulFamily
 from .rows import RowFamily
 from .stored import decode, encode
+from .tokens import TokenFamily
 
 LARGEST = 48  # operators of one kernel
 Made = tuple[Code, list[Binary | None]]
@@ -85,7 +86,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (AttentionFamily(), MatmulFamily(), RowFamily())
+FAMILIES: tuple[Family, ...] = (TokenFamily(), AttentionFamily(), MatmulFamily(), RowFamily())
 
 
 @dataclass

@@ -71,3 +71,24 @@ def expm1(x):
 def sigmoid(x):
     """1 / (1 + exp(-x))."""
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def largest(score, exists, count):
+    """Which elements of a vector are the `count` largest, of equal ones the first. No score may be NaN.
+
+    The smallest key that is chosen is found bit by bit, and those equal to it are counted: no order of the sum and no
+    order of threads can change the answer.
+    """
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)  # in the order of the scores
+    key = tl.where(exists, key, -(2**31))
+    least = tl.full([], -(2**31), tl.int64)
+    step = tl.full([], 2**31, tl.int64)
+    for _ in range(32):
+        enough = tl.sum((key >= least + step).to(tl.int32), 0) >= count
+        least = tl.where(enough, least + step, least)
+        step = step // 2
+    more, same = key > least, key == least
+    left = count - tl.sum(more.to(tl.int32), 0)
+    return exists & (more | (same & (tl.cumsum(same.to(tl.int32), 0) <= left)))
