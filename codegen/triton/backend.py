@@ -18,11 +18,13 @@ from ...passes.program import Program
 from ...targets.target import Target, fingerprint
 from ..base import Destination, Extent, Kernel, Region, Schedule
 from ..container import write_atomically
+from ..plans.conv import pads
 from ..plans.rules import name_of
 from ..plans.values import Unsupported, devices
 from .attention import AttentionFamily
 from .code import Code
 from .compile import Binary, compile_launch, interpreted, is_here, resources, runner
+from .conv import ConvFamily
 from .matmul import MatmulFamily
 from .rows import RowFamily
 from .stored import decode, encode
@@ -86,7 +88,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (TokenFamily(), AttentionFamily(), MatmulFamily(), RowFamily())
+FAMILIES: tuple[Family, ...] = (TokenFamily(), AttentionFamily(), ConvFamily(), MatmulFamily(), RowFamily())
 
 
 @dataclass
@@ -104,8 +106,8 @@ class TritonBackend:
     _compiled: dict[tuple[str, str], Future[Made]] = field(default_factory=dict, repr=False)
 
     def absorbs(self, node: fx.Node) -> bool:
-        """None."""
-        return False
+        """A frame of zeros around an image."""
+        return pads(node)
 
     def supports(self, region: Region, target: Target) -> str | None:
         """None if the region can be lowered, else the reason why not."""

@@ -77,8 +77,8 @@ class Product:
     batch: int
     depth: sympy.Expr
     dtype: torch.dtype
-    turned: bool
-    library: bool
+    turned: bool = False
+    library: bool = False
 
     @property
     def rows(self) -> sympy.Expr:
@@ -112,11 +112,7 @@ def plan(region: Region) -> Product:
     accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
     extents = merge([expression(e) for e in space], accesses, False)
     batch = max((d + 1 for d in range(len(extents) - 1) if walks[1].strides[d] != 0), default=0)
-    if len(extents) - 1 == batch:  # one row: a dimension of its own, so that addresses have the shape of a tile
-        extents.insert(batch, sympy.Integer(1))
-        for a in accesses:
-            own = a is walks[0] or any(a is o.access for o in tail.outputs)
-            a.strides.insert(batch, sympy.Integer(int(own)))
+    own_row(extents, batch, *walks, tail)
     steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
     right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
     left_step = expression(left.meta["val"].stride(-1))
@@ -124,21 +120,27 @@ def plan(region: Region) -> Product:
                    name_of(root) in LINEAR, len(region.nodes) > 1)  # fmt: skip
 
 
+def own_row(extents: list[sympy.Expr], batch: int, left: Access, right: Access, tail: Tail) -> None:
+    """Give a single row a dimension, so that addresses have the shape of a tile. Edits the extents and accesses."""
+    if len(extents) - 1 > batch:
+        return
+    extents.insert(batch, sympy.Integer(1))
+    stepping = [left, *(o.access for o in tail.outputs)]
+    for access in [right, *tail.loads.values(), *stepping]:
+        access.strides.insert(batch, sympy.Integer(int(any(access is s for s in stepping))))
+
+
 @dataclass
 class MatmulLowering:
-    """A planned product."""
+    """A planned product, and how its outputs lie in memory (None: contiguous)."""
 
     product: Product
+    order: tuple[int, ...] | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Fake tensors of the parameters."""
         return self.product.tail.tensors
-
-    @property
-    def order(self) -> None:
-        """Outputs are contiguous."""
-        return None
 
     @property
     def flops(self) -> int:
@@ -222,7 +224,7 @@ class MatmulLowering:
 
     def code(self, name: str, schedule: Schedule, target: Target) -> Code:
         """The kernel, or for a split depth the two kernels."""
-        return _Template(self.product, name, schedule).code()
+        return Template(self.product, name, schedule).code()
 
 
 def _fits(height: int, width: int, depth: int, stages: int, dtype: torch.dtype, target: Target) -> bool:
@@ -231,7 +233,9 @@ def _fits(height: int, width: int, depth: int, stages: int, dtype: torch.dtype, 
 
 
 @dataclass
-class _Template:
+class Template:
+    """Writes the kernels of a product."""
+
     product: Product
     name: str
     schedule: Schedule
@@ -241,6 +245,7 @@ class _Template:
         self.sizes = Sizes(self.product.tail.tensors)
 
     def code(self) -> Code:
+        """The kernel; for a split depth or torch's own product, the two kernels."""
         p = self.product
         if self.schedule.name == "library":
             return self._library()

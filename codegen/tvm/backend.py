@@ -15,11 +15,11 @@ from ...passes.errors import LowerError
 from ...passes.program import Program
 from ...targets.target import Target, fingerprint
 from ..base import Destination, Extent, Kernel, Region, Schedule
+from ..plans.conv import pads
 from ..plans.layout import expression
 from ..plans.values import Unsupported, devices
 from . import build
 from .attention_family import AttentionFamily
-from .conv_plan import pads
 from .matmul_family import ConvFamily, MatmulFamily
 from .row_family import RowFamily
 from .token_family import TokenFamily

@@ -22,6 +22,7 @@ from ...targets.target import Target
 from ..base import Schedule
 from ..plans.layout import Access
 from ..plans.tail import Tail
+from ..plans.windows import Window
 from .dots import PLAIN, pack
 from .emit import Memory, integer, parallel, pieces, prim_func, serial, take, viewed
 from .finish import finish
@@ -30,7 +31,6 @@ from .math import Block, assign, on_stack, read, register
 from .row_family import lanes_of, worth_threads
 from .tile import split
 from .window import taps_inside
-from .window_plan import Window
 
 
 @dataclass

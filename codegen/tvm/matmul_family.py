@@ -20,11 +20,11 @@ from torch import fx
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from ..plans.conv import CONVOLUTIONS, order_of
 from ..plans.product import LINEAR, MATRIX
 from ..plans.rules import name_of
 from ..plans.values import Unsupported
 from . import conv_plan
-from .conv_plan import CONVOLUTIONS
 from .depthwise import Depthwise, DepthwiseLowering
 from .dots import pack, pack_levels, start_of
 from .matmul import Form, function
@@ -67,7 +67,7 @@ class ConvFamily:
         if program is None:
             raise Unsupported("a convolution whose weight is not a constant")
         found = conv_plan.plan(region, program)
-        order = conv_plan.order_of(next(n for n in region.nodes if name_of(n) in CONVOLUTIONS))
+        order = order_of(next(n for n in region.nodes if name_of(n) in CONVOLUTIONS))
         if isinstance(found, Depthwise):
             return DepthwiseLowering(found, program, order)
         return MatmulLowering(found, program, order)

@@ -10,13 +10,13 @@ from tvm import tirx
 
 from ..plans.layout import Access
 from ..plans.values import Value
+from ..plans.windows import Window, WindowPlan
 from . import math as vector
 from .emit import NEUTRAL, Memory, Row, integer, parallel, parameters, pieces, prim_func, serial
 from .finish import finish
 from .layout import Sizes
 from .math import Block, assign, on_stack, read, register
 from .tile import split
-from .window_plan import Window, WindowPlan
 
 RUN = 64  # taps that are summed before they are added to the total, so that long sums lose little
 

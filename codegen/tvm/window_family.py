@@ -11,11 +11,13 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
+from ..plans.group_norm import GroupNorm
+from ..plans.group_norm import plan as plan_groups
 from ..plans.rules import name_of
+from ..plans.windows import WindowPlan, plan, reduces_windows
 from . import group_norm, window
-from .group_norm import WIDEST, GroupNorm
+from .group_norm import WIDEST
 from .row_family import lanes_of, worth_threads
-from .window_plan import WindowPlan, plan, reduces_windows
 
 
 class WindowFamily:
@@ -81,7 +83,7 @@ class GroupNormFamily:
 
     def plan(self, region: Region, program: Program | None, target: Target) -> GroupNormLowering:
         """The normalisation. Raises Unsupported."""
-        return GroupNormLowering(group_norm.plan(region))
+        return GroupNormLowering(plan_groups(region))
 
 
 @dataclass

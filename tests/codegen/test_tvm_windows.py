@@ -14,9 +14,9 @@ pytest.importorskip("tvm")
 
 from reference import compare, region_of
 
+from torchlathe.codegen.plans.windows import reduces_windows
 from torchlathe.codegen.trial import run_kernel
 from torchlathe.codegen.tvm.backend import TvmBackend
-from torchlathe.codegen.tvm.window_plan import reduces_windows
 from torchlathe.targets.target import Target
 
 TARGET = Target("cpu", "cpu", "generic", 2, {}, 0.0, (), 0, ("float32",), vector_bits=256)

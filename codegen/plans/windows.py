@@ -16,11 +16,11 @@ import sympy
 from torch import fx
 
 from ..base import Region
-from ..plans.layout import Access, access_of, expression
-from ..plans.rows import reach, reason_against
-from ..plans.rules import name_of, read
-from ..plans.tail import Tail, coordinates, plan_tail
-from ..plans.values import KINDS, Builder, Unsupported, Value, bound, dense, shape
+from .layout import Access, access_of, expression
+from .rows import reach, reason_against
+from .rules import name_of, read
+from .tail import Tail, coordinates, plan_tail
+from .values import KINDS, Builder, Unsupported, Value, bound, dense, shape
 
 REDUCTIONS = {"mean": "sum", "sum": "sum", "amax": "max", "amin": "min"}
 POOLS = {f"{kind}_pool{n}d": how for n in (1, 2, 3)
@@ -112,8 +112,8 @@ def _dims(node: fx.Node) -> list[int]:
     return sorted(d % rank for d in listed)
 
 
-def plan(region: Region) -> WindowPlan:
-    """The windows of a region. Raises Unsupported with the reason."""
+def plan(region: Region, device: str = "cpu") -> WindowPlan:
+    """The windows of a region whose kernel runs on a kind of device. Raises Unsupported with the reason."""
     roots = [n for n in region.nodes if reduces_windows(n)]
     if len(roots) != 1:
         raise Unsupported("not exactly one reduction over windows")
@@ -126,10 +126,10 @@ def plan(region: Region) -> WindowPlan:
     inner = _before(root, set(region.nodes))
     column = _column(source, windows, region)
     order = [d for d in range(len(windows)) if d != column] + [column]
-    value, loads = _operand(region, source, inner, order)
+    value, loads = _operand(region, source, inner, order, device)
     result_order = [kept.index(d) for d in order if d in kept]
     given_order = None if result_order == list(range(len(kept))) else tuple(result_order)
-    tail = plan_tail(region, root, None, 0, given_order, inner)
+    tail = plan_tail(region, root, None, 0, given_order, inner, device=device)
     rows = [result_order.index(kept.index(d)) if d in kept else None for d in order[:-1]]
     extents = [expression(shape(root)[k]) for k in result_order]
     how = (POOLS | REDUCTIONS)[name]
@@ -149,8 +149,9 @@ def _before(root: fx.Node, members: set[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _operand(region: Region, source: Any, inner: set[fx.Node], order: list[int]) -> tuple[Value, dict[Value, Access]]:
-    build = Builder(region, tuple(shape(source)[d] for d in order))
+def _operand(region: Region, source: Any, inner: set[fx.Node], order: list[int],
+             device: str) -> tuple[Value, dict[Value, Access]]:  # fmt: skip
+    build = Builder(region, tuple(shape(source)[d] for d in order), device)
     value = read(build, inner, {}, source, coordinates(build, tuple(order)))
     reached = reach([value])
     if value.kind != "float32" or any(v.op in ("reduce", "cat", "pick", "gather") for v in reached):
