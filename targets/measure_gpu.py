@@ -34,8 +34,8 @@ def compare_kernels(
     """Seconds of one call of each candidate on the GPU alone, without what it costs to queue it.
 
     Each sample replays a graph of several calls, each after a read that fills the second-level cache (what is written
-    would have to leave it while the kernel runs); the time of the same graph with the reads alone is taken off. A candidate that
-    cannot be captured is queued call by call.
+    would have to leave it while the kernel runs); the time of the same graph with the reads alone is taken off. A
+    candidate that cannot be captured is queued call by call.
 
     Args:
         fns: candidates by name, callables of no arguments.
