@@ -8,6 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# transformers looks for a package called kernels, and would find the script of that name beside this one
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+
 if "torchlathe" not in sys.modules:
     _spec = importlib.util.spec_from_file_location(
         "torchlathe", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]

@@ -18,7 +18,7 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
-from ..plans.attention import OPERATOR, Attention, memory_order, plan, visible_blocks
+from ..plans.attention import OPERATOR, Attention, memory_order, plan
 from ..plans.rules import name_of
 from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
 from .writer import Writer
@@ -51,6 +51,10 @@ class AttentionLowering:
 
     attention: Attention
 
+    def __post_init__(self) -> None:
+        if self.attention.known_mask is not None:  # the lists of blocks
+            self.attention.tensors[-2] = torch.empty(0, dtype=torch.int32)
+
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Fake tensors of the parameters."""
@@ -70,8 +74,7 @@ class AttentionLowering:
         """For a known mask, which blocks of keys each tile of queries sees."""
         if self.attention.known_mask is None:
             return ()
-        seen = visible_blocks(self.attention, int(schedule["queries"]), int(schedule["keys"]))
-        return (seen.to(self.attention.known_mask.device),)
+        return (block_lists(self.attention, int(schedule["queries"]), int(schedule["keys"])),)
 
     def space(self, target: Target) -> Iterable[Schedule]:
         """Tiles that fit; for few queries, splits of the keys."""
@@ -105,6 +108,32 @@ class AttentionLowering:
     def code(self, name: str, schedule: Schedule, target: Target) -> Code:
         """The kernel, or for a split of the keys the two kernels."""
         return _Template(self.attention, name, schedule).code()
+
+
+def block_lists(plan: Attention, width: int, block: int) -> torch.Tensor:
+    """For each tile of queries the blocks of keys that it sees, int32 [tiles, 2 + blocks].
+
+    In each row: how many blocks need the mask, how many are seen whole, and the numbers of both kinds, in this order.
+    """
+    mask, queries, keys = plan.known_mask, int(plan.queries), int(plan.keys)
+    assert mask is not None
+    seen, whole = (mask, mask) if mask.dtype is torch.bool else (mask != -math.inf, mask == 0)
+    tiles, blocks = -(-queries // width), -(-keys // block)
+
+    def by_block(values: torch.Tensor, rows: bool) -> torch.Tensor:
+        """[tiles, blocks, elements], filled up with `rows` below and with False on the right."""
+        full = torch.full((tiles * width, blocks * block), rows, device=values.device)
+        full[:queries, :keys] = values
+        full[:, keys:] = False
+        return full.view(tiles, width, blocks, block).transpose(1, 2).flatten(2)
+
+    lead = seen.expand(*seen.shape[:-2], queries, keys).reshape(-1, queries, keys)
+    some = by_block(lead.any(0), False).any(-1)
+    lead = whole.expand(*whole.shape[:-2], queries, keys).reshape(-1, queries, keys)
+    entire = by_block(lead.all(0), True).all(-1)
+    order = torch.where(entire, 1, torch.where(some, 0, 2)).sort(dim=1, stable=True).indices
+    counts = torch.stack(((some & ~entire).sum(1), entire.sum(1)), 1)
+    return torch.cat((counts, order), 1).to(torch.int32)
 
 
 @dataclass
@@ -197,6 +226,9 @@ class _Template:
         rows, block, splits = (int(s[k]) for k in ("queries", "keys", "splits"))
         keys = self.sizes.text(p.keys)
         first, last = "0", keys
+        if p.known_mask is not None:
+            self._listed(w, bases, query, wide, own)
+            return
         if splits > 1:
             share = f"tl.cdiv(tl.cdiv({keys}, {block}), {splits}) * {block}"
             first = w.let(f"tl.program_id(2) * ({share})")
@@ -212,20 +244,28 @@ class _Template:
         self._loop(w, bases, query, wide, own, (first, middle), False)
         self._loop(w, bases, query, wide, own, (middle, last), True)
 
+    def _listed(self, w: Writer, bases: dict[str, str], query: str, wide: int, own: int) -> None:
+        """The blocks of keys that a known mask leaves to this tile."""
+        p, block = self.attention, int(self.schedule["keys"])
+        w.line(f"blocks = t{len(p.tensors) - 2} + tile * {2 + int(parts(p.keys, block))}")
+        w.line("partial = tl.load(blocks)")
+        w.line("whole = tl.load(blocks + 1)")
+        for reach, masked in (("0, partial", True), ("partial, partial + whole", False)):
+            w.line(f"for number in range({reach}):")
+            w.line(f"    start = tl.load(blocks + 2 + number) * {block}")
+            self._block(w, bases, query, wide, own, masked, masked)
+
     def _loop(self, w: Writer, bases: dict[str, str], query: str, wide: int, own: int, reach: tuple[str, str],
               edge: bool) -> None:  # fmt: skip
-        p, block = self.attention, int(self.schedule["keys"])
-        lines = [*self._scores(bases, query, wide, edge), *self._update(bases, own, edge)]
-        w.line(f"for start in range({reach[0]}, {reach[1]}, {block}):")
-        indent = "    "
-        if p.known_mask is not None:
-            across = parts(p.keys, block)
-            w.line(f"    if tl.load(t{len(p.tensors) - 2} + tile * {across} + start // {block}) != 0:")
-            indent = "        "
-        for line in lines:
-            w.line(indent + line)
+        w.line(f"for start in range({reach[0]}, {reach[1]}, {int(self.schedule['keys'])}):")
+        self._block(w, bases, query, wide, own, edge, self.attention.masked)
 
-    def _scores(self, bases: dict[str, str], query: str, wide: int, edge: bool) -> list[str]:
+    def _block(self, w: Writer, bases: dict[str, str], query: str, wide: int, own: int, edge: bool,
+               masked: bool) -> None:  # fmt: skip
+        for line in (*self._scores(bases, query, wide, edge, masked), *self._update(bases, own, edge)):
+            w.line("    " + line)
+
+    def _scores(self, bases: dict[str, str], query: str, wide: int, edge: bool, masked: bool) -> list[str]:
         p, block = self.attention, int(self.schedule["keys"])
         keys, rows = self.sizes.text(p.keys), int(self.schedule["queries"])
         conditions = [f"(key < {keys})"] * edge + [f"(down < {p.features})"] * (wide != p.features)
@@ -236,7 +276,7 @@ class _Template:
             f"scores = device.dot(q, k, tl.zeros([{rows}, {block}], tl.float32)) * {p.scale * LOG2E!r}",
         ]
         hide = 'float("-inf")'
-        if p.masked:
+        if masked:
             per_query = p.mask_per_query
             guards = [f"(key < {keys})"] * edge + ["real"] * per_query
             guard = f", mask={' & '.join(guards)}, other=0" if guards else ""
