@@ -25,10 +25,12 @@ from .attention import AttentionFamily
 from .code import Code
 from .compile import Binary, compile_launch, interpreted, is_here, resources, runner
 from .conv import ConvFamily
+from .group_norm import GroupNormFamily
 from .matmul import MatmulFamily
 from .rows import RowFamily
 from .stored import decode, encode
 from .tokens import TokenFamily
+from .windows import WindowFamily
 
 LARGEST = 48  # operators of one kernel
 Made = tuple[Code, list[Binary | None]]
@@ -88,12 +90,14 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (TokenFamily(), AttentionFamily(), ConvFamily(), MatmulFamily(), RowFamily())
+FAMILIES: tuple[Family, ...] = (
+    TokenFamily(), AttentionFamily(), ConvFamily(), MatmulFamily(), WindowFamily(), GroupNormFamily(), RowFamily(),
+)  # fmt: skip
 
 
 @dataclass
 class TritonBackend:
-    """Lowers products with their pointwise tail, attention, and rows of pointwise operators and reductions.
+    """Lowers products, convolutions and reductions with their pointwise tail, attention, and rows of pointwise operators.
 
     Args:
         program: where constant weights are found; without it every operand is taken at run time.

@@ -23,9 +23,9 @@ TYPES = {"float32": "tl.float32", "int64": "tl.int64", "int32": "tl.int32", "boo
 NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "peak": 'float("-inf")', "min": 'float("inf")'}
 COMBINE = {"sum": "{} + {}", "max": "device.nan_max({}, {})", "min": "device.nan_min({}, {})",
            "peak": "tl.maximum({}, {})"}  # fmt: skip
-REDUCE = {"sum": "tl.sum({}, 1, keep_dims=True)", "peak": "tl.max({}, 1, keep_dims=True)",
-          "max": "tl.reduce({}, 1, device.nan_max, keep_dims=True)",
-          "min": "tl.reduce({}, 1, device.nan_min, keep_dims=True)"}  # fmt: skip
+REDUCE = {"sum": "tl.sum({}, {}, keep_dims=True)", "peak": "tl.max({}, {}, keep_dims=True)",
+          "max": "tl.reduce({}, {}, device.nan_max, keep_dims=True)",
+          "min": "tl.reduce({}, {}, device.nan_min, keep_dims=True)"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def masked(text: str, how: str, place: Place) -> str:
 
 def reduced(v: Value, text: str) -> str:
     """One number per row, [R, 1]."""
-    return REDUCE[v.attr].format(text)
+    return REDUCE[v.attr].format(text, 1)
 
 
 def literal(v: Value) -> str:
