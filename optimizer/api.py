@@ -20,7 +20,6 @@ from ..codegen.trial import device_of
 from ..codegen.triton.compile import interpreted, is_here
 from ..codegen.tuner import LEVELS, Tuner
 from ..codegen.versions import versions
-from ..passes.axes import analyse
 from ..passes.base import Context, Pass
 from ..passes.capture import capture
 from ..passes.errors import InputError, LatheError, UnknownNameError
@@ -185,7 +184,7 @@ def axes(
 ) -> str:
     """Which logical axis is each dimension of each tensor of a model, as text: one line per value."""
     _check_example(args)
-    return analyse(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)).text()
+    return str(capture(model, args, kwargs, dynamic_shapes=dynamic_shapes).axes())
 
 
 def load(path: str | os.PathLike[str], *, native: bool = True) -> Executable:

@@ -9,6 +9,7 @@ dimensions get axes of their own, and passes that meet it refuse and name it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,19 +18,18 @@ from torch import fx
 from .axis import ONE, Axes, Axis, Site, Unknown
 from .axis_rules import rule_of
 from .nodes import arguments, expression
-from .program import Program
 from .text import where
 
 
-def analyse(program: Program) -> Axes:
-    """The axes of every tensor of a program."""
-    axes = Axes(program)
-    for node in program.graph.nodes:
+def analyse(graph: fx.Graph, weights: Mapping[str, Any]) -> Axes:
+    """The axes of every tensor of a graph; `Program.axes` is the way in."""
+    axes = Axes(graph)
+    for node in graph.nodes:
         if node.op == "output":
             continue
         value = node.meta.get("val")
         if value is None and node.op == "get_attr":
-            value = program.weights[str(node.target)]
+            value = weights[str(node.target)]
         if node.op in ("placeholder", "get_attr"):
             axes.values[node] = _own(node, value)
             continue

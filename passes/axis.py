@@ -10,7 +10,6 @@ import sympy
 from torch import fx
 
 from .nodes import expression
-from .program import Program
 
 ONE = sympy.Integer(1)
 
@@ -62,10 +61,10 @@ class Joined:
 
 @dataclass
 class Axes:
-    """The axes of a program.
+    """The axes of a program; they print as one line per call.
 
     Attributes:
-        program: whose.
+        graph: the program's.
         values: dimensions by node; a list of them for nodes that yield several tensors.
         mixes: dimensions along which a node's result depends on more than its own element: what it reduces,
             normalises, contracts or reorders.
@@ -74,7 +73,7 @@ class Axes:
         joined: axes that were concatenated.
     """
 
-    program: Program
+    graph: fx.Graph
     values: dict[fx.Node, Any] = field(default_factory=dict)
     mixes: dict[fx.Node, list[Dim]] = field(default_factory=dict)
     unknown: dict[fx.Node, str] = field(default_factory=dict)
@@ -123,14 +122,14 @@ class Axes:
         axis.parts = Axis(outer, f"{axis.name}/0"), Axis(inner, f"{axis.name}/1")
         return axis.parts
 
-    def text(self) -> str:
+    def __str__(self) -> str:
         """One line per call: its dimensions, what it mixes, and why it is unknown; at the end the axes."""
         names, lines = dict[Axis, str](), list[str]()
 
         def show(dim: Dim) -> str:
             return "*".join(names.setdefault(a, f"a{len(names)}") for a in self.resolve(dim)) or "1"
 
-        for node in self.program.graph.nodes:
+        for node in self.graph.nodes:
             if node not in self.values or not isinstance(self.values[node], list):
                 continue
             line = f"{node.name} [{', '.join(map(show, self.values[node]))}]"

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
+from .axes import analyse
+from .axis import Axes
 from .evaluate import evaluate, infer
 from .text import argument, describe, stable_text
 
 
 @dataclass(frozen=True)
 class State:
-    """A tensor carried from call to call: after each run, output number `output` is written into `slot`.
-
-    `slot` is the name of a weight (a buffer that the model updates) or the position of a mutated input.
-    """
+    """A tensor carried from call to call: after each run, output number `output` is written into `slot`, which is
+    the name of a weight (a buffer that the model updates) or the position of a mutated input."""
 
     slot: str | int
     output: int
@@ -78,8 +78,7 @@ class Program:
     def fake(self) -> FakeTensorMode:
         """The mode under which shapes of new nodes are inferred; it holds the symbols of dynamic sizes."""
         if self._fake is None:
-            vals = (n.meta.get("val") for n in self.graph.nodes)
-            modes = (v.fake_mode for v in vals if isinstance(v, torch._subclasses.FakeTensor))
+            modes = (v.fake_mode for n in self.graph.nodes if isinstance(v := n.meta.get("val"), FakeTensor))
             self._fake = next(modes, None) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         return self._fake
 
@@ -92,11 +91,8 @@ class Program:
     def fork(self) -> Program:
         """An independent copy of the graph that shares all weights."""
         graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        result = graph.graph_copy(self.graph, copies)
-        graph.output(result).meta = dict(self.graph.output_node().meta)
-        return Program(graph, dict(self.weights), self.in_spec, self.out_spec, self.state, self.history,
-                       self.parameters, self._fake)  # fmt: skip
+        graph.output(graph.graph_copy(self.graph, {})).meta = dict(self.graph.output_node().meta)
+        return replace(self, graph=graph, weights=dict(self.weights))
 
     def call(self, op: Any, *args: Any, before: fx.Node, like: fx.Node | None = None, **kwargs: Any) -> fx.Node:
         """Insert ``op(*args, **kwargs)`` before a node, infer its value's shape, keep the source line of `like`."""
@@ -132,6 +128,10 @@ class Program:
             return None
         found = self.weights[str(value.target)]
         return found if isinstance(found, torch.Tensor) else None
+
+    def axes(self) -> Axes:
+        """Which logical axis is each dimension of each tensor; ``print(program.axes())`` shows it."""
+        return analyse(self.graph, self.weights)
 
     def text(self) -> str:
         """A stable print: one line per node with shapes; equal programs print equally in every process."""

@@ -9,7 +9,6 @@ import torch
 from torch import fx
 
 from ..targets import cost
-from .axes import analyse
 from .axis import Axes, Dim
 from .axis_rules import by_element
 from .base import Refusal
@@ -82,7 +81,7 @@ def find_tokens(program: Program, in_order: bool = False) -> Tokens | Refusal:
     stream = find_stream(program)
     if stream is None:
         return Refusal("no residual stream leads to the first result")
-    axes, axis, sites = analyse(program), None, []
+    axes, axis, sites = program.axes(), None, []
     for branch in stream.branches:
         if branch.attention is None:
             continue
