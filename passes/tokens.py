@@ -15,6 +15,7 @@ from .base import Refusal
 from .blocks import Branch, find_stream
 from .nodes import arguments, expression, operator_name
 from .program import Program
+from .shorten import Stopped
 from .values import Values
 
 aten = torch.ops.aten
@@ -162,7 +163,7 @@ def protected(axes: Axes, dim: Dim) -> list[int]:
     found, offset = list[int](), 0
     for node, piece in axes.joined[dim[0]].pieces:
         own, size = axes.resolve(piece), expression(node.meta["val"].shape[_place(axes, dim[0])])
-        whole = not _depends_on_input(node)
+        whole = not depends_on_input(node)
         if whole and size.is_Integer:
             found += range(offset, offset + int(size))
         elif own:
@@ -185,7 +186,7 @@ def _place(axes: Axes, axis: object) -> int:
     return int(arguments(node)["dim"]) % len(axes.of(node))
 
 
-def _depends_on_input(node: fx.Node) -> bool:
+def depends_on_input(node: fx.Node) -> bool:
     """Whether values of the program's inputs (not only their sizes) go into a node."""
     found, stack = {node}, [node]
     while stack:
@@ -204,6 +205,22 @@ def leading(places: Sequence[int]) -> int:
     return next((k for k, p in enumerate(sorted(places)) if p != k), len(places))
 
 
+def products(program: Program, attention: fx.Node, rows: tuple[int, int] | None, before: fx.Node) -> fx.Node:
+    """[batch, heads, rows, tokens]: an attention's queries times its keys, neither scaled nor masked.
+
+    Args:
+        rows: first query and the one after the last, as in a slice; None takes all.
+    """
+    call, given = program.call, arguments(attention)
+    query, key = given["query"], given["key"]
+    heads, groups = query.meta["val"].shape[1], key.meta["val"].shape[1]
+    if heads != groups:
+        key = call(aten.repeat_interleave.self_int, key, heads // groups, 1, before=before)
+    if rows is not None:
+        query = call(aten.slice.Tensor, query, 2, *rows, before=before)
+    return call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1, before=before), before=before)
+
+
 def masked(program: Program, mask: fx.Node | None, scores: fx.Node, before: fx.Node) -> fx.Node:
     """Scores with an attention's mask applied: minus infinity where a boolean one is False, else their sum."""
     if mask is None:
@@ -214,10 +231,16 @@ def masked(program: Program, mask: fx.Node | None, scores: fx.Node, before: fx.N
 
 
 def valid_tokens(program: Program, site: Site, before: fx.Node) -> fx.Node | None:
-    """[batch, tokens] bool: False for tokens that the site's mask hides from everybody; None without such a mask."""
+    """[batch, tokens] bool: False for tokens that the site's mask hides from everybody; None without such a mask.
+
+    Raises:
+        Stopped: the mask is made after the place where this is asked for.
+    """
     mask = site.mask
     if mask is None:
         return None
+    if not mask < before:
+        raise Stopped(site.attention, "its mask is made after the place at which tokens are judged")
     value = mask.meta["val"]
     bias = mask if value.dtype is not torch.bool else program.call(
         aten._to_copy.default, mask, before=before, dtype=torch.float32)  # fmt: skip

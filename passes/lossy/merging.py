@@ -62,17 +62,11 @@ class Merging:
     def around(self, site: Site, count: int) -> None:
         """Merge what goes into a site's branch, and give each token the result of what it became. Raises Stopped."""
         at, before = site.branch.start, site.branch.nodes[0]
-        found = self.call(at, self.ones(at, before), at, count, self.valid_before(site, before), before)
+        found = self.call(at, self.ones(at, before), at, count, valid_tokens(self.program, site, before), before)
         edit = self.edit(at, found, frozenset(site.branch.nodes))
         edit.apply()
         edit.restore(found.places)
         self.sizes.append((found.new, found.sizes))
-
-    def valid_before(self, site: Site, before: fx.Node) -> fx.Node | None:
-        """Which tokens are real, as far as that is known at a node. Raises Stopped."""
-        if site.mask is not None and not site.mask < before:
-            raise Stopped(site.attention, "its mask is made after the place of the merge")
-        return valid_tokens(self.program, site, before)
 
     def ones(self, at: fx.Node, before: fx.Node) -> fx.Node:
         """Sizes of tokens that stand for themselves."""

@@ -13,7 +13,7 @@ from .. import ops
 from ..base import Context, Fidelity, Pass, Refusal
 from ..program import Program
 from ..shorten import Stopped
-from ..tokens import Tokens, find_tokens
+from ..tokens import Tokens, find_tokens, valid_tokens
 from .merging import Merged, Merging, reason_against
 
 DEFAULT = 0.5
@@ -82,7 +82,7 @@ class PruneAndRestore(Pass):
         nodes = list(program.graph.nodes)
         inside = frozenset(nodes[nodes.index(before) : nodes.index(last) + 1])
         edit = Merging(program, tokens, tokens.protected)
-        found = self._groups(edit, at, edit.valid_before(tokens.sites[start], before), left, before)
+        found = self._groups(edit, at, valid_tokens(program, tokens.sites[start], before), left, before)
         if found is None:
             return Refusal(f"at best so many tokens cannot be merged that {left} are left")
         shortening = edit.edit(at, found, inside)

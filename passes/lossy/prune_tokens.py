@@ -15,13 +15,14 @@ from .. import ops
 from ..base import Context, Fidelity, Pass, Refusal
 from ..nodes import arguments, erase_dead, expression
 from ..program import Program
-from ..shorten import Shortening, Stopped
-from ..tokens import Site, Tokens, find_tokens, leading, masked, valid_tokens
+from ..shorten import WHOLE, Shortening, Stopped
+from ..tokens import Site, Tokens, find_tokens, leading, masked, products, valid_tokens
+from .predictor import Predictor
 from .settings import run_within
 
 aten = torch.ops.aten
 DEFAULT = 0.7
-SCORES = ("cls", "last_query", "received", "norm")
+SCORES = ("cls", "last_query", "received", "norm", "predictor")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class PruneTokens(Pass):
 
     The score of a token is what the class token attends to it with (``cls``: Liang et al., "EViT", 2022), what the
     last token does (``last_query``: Chen et al., "FastV", 2024), the mean over all queries (``received``), or the
-    length of its features (``norm``). Attention stays one operator; the probabilities of the rows that are needed are
+    length of its features (``norm``), or what a given network says before the layer (``predictor``: Rao et al.,
+    "DynamicViT", 2021). Attention stays one operator; the probabilities of the rows that are needed are
     computed beside it. Tokens that stay keep their order, positions and masks; those that are parameters, or that are
     read one by one later, always stay, and padding is dropped first.
 
@@ -40,11 +42,14 @@ class PruneTokens(Pass):
 
     Attributes:
         keep: share of the tokens that are not protected, or their number. None is 0.7; with a quality budget it is
-            the smallest share within the budget.
+            the smallest share within the budget. With predictors int(n * keep**i) of the first n are left from the i-th
+            chosen layer on, at least one.
         flops: in place of keep, the share of the program's operations that may be left.
-        layers: attention layers after which tokens are dropped; None takes those at a quarter, half and three quarters.
+        layers: attention layers after which (``predictor``: before which) tokens are dropped; None takes those at a
+            quarter, half and three quarters.
         score: see above.
         fuse_rest: whether the dropped tokens, added up by their scores, stay as one more (EViT).
+        predictors: for the score ``predictor``, one for each of `layers`.
     """
 
     name: ClassVar[str] = "prune-tokens"
@@ -55,6 +60,7 @@ class PruneTokens(Pass):
     layers: tuple[int, ...] | None = None
     score: str = "cls"
     fuse_rest: bool = False
+    predictors: tuple[Predictor, ...] = ()
 
     def space(self, program: Program, ctx: Context) -> Iterable[Self]:
         """Shares to keep, from most tokens to few."""
@@ -80,8 +86,8 @@ class PruneTokens(Pass):
             return 0
         edit = _Pruning(program, tokens, self, keep)
         try:
-            for layer in layers:
-                edit.prune(tokens.sites[layer])
+            for number, layer in enumerate(layers):
+                edit.prune(tokens.sites[layer], number)
         except Stopped as stop:
             return Refusal.at(stop.node, str(stop))
         erase_dead(program.graph)
@@ -90,15 +96,30 @@ class PruneTokens(Pass):
     def _reason_against(self, tokens: Tokens, layers: Any, keep: float | int) -> str | None:
         if self.score not in SCORES:
             return f"no score is called {self.score!r}; there are {', '.join(SCORES)}"
-        if self.fuse_rest and self.score == "norm":
-            return "lengths of features are no weights by which dropped tokens could be added up"
+        if self.fuse_rest and self.score in ("norm", "predictor"):
+            return f"scores of {self.score!r} are no weights by which dropped tokens could be added up"
         if any(not 0 <= layer < len(tokens.sites) for layer in layers):
             return f"layers {layers} of {len(tokens.sites)} attention layers"
         if (isinstance(keep, float) and not 0 < keep <= 1) or (keep < 1 and isinstance(keep, int)):
             return f"{keep} of the tokens cannot be kept"
         if self.score == "cls" and 0 not in tokens.protected:
             return "there is no class token: none is a parameter, and none is read by its place"
-        return None
+        return self._reason_against_predictors(tokens, len(layers), keep)
+
+    def _reason_against_predictors(self, tokens: Tokens, layers: int, keep: float | int) -> str | None:
+        wanted = layers if self.score == "predictor" else 0
+        if len(self.predictors) != wanted:
+            return f"{len(self.predictors)} predictors are given, the score {self.score!r} takes {wanted} here"
+        if not wanted:
+            return None
+        length, features = tokens.sites[0].at.meta["val"].shape[1:]
+        if not isinstance(length, int):
+            return "the number of tokens is known at run time only, predictors keep a share of it"
+        if isinstance(keep, int):
+            return f"with predictors keep is a share with a decimal point, not {keep}"
+        if leading(tokens.protected) != len(tokens.protected):
+            return f"predictors leave out the first tokens at most, tokens {sorted(tokens.protected)} are protected"
+        return next((r for p in self.predictors if (r := p.reason_against(int(features))) is not None), None)
 
 
 @dataclass
@@ -108,23 +129,35 @@ class _Pruning:
     knobs: PruneTokens
     keep: float | int
 
-    def prune(self, site: Site) -> None:
-        """Insert one selection after a site and let all that follows be shorter. Raises Stopped."""
-        program, at = self.program, site.at
+    def prune(self, site: Site, number: int) -> None:
+        """Insert one selection after a site (a predictor's: before it), and let all that follows be shorter.
+
+        Args:
+            number: how many selections there are before this one.
+
+        Raises:
+            Stopped: see `Shortening`.
+        """
+        predictor = self.knobs.predictors[number] if self.knobs.predictors else None
+        program, at = self.program, site.at if predictor is None else site.branch.start
+        before = at.next if predictor is None else site.branch.nodes[0]
         length, protected, keep = at.meta["val"].shape[1], list(self.tokens.protected), self.keep
         last = self.knobs.score == "last_query"
         if last and (not isinstance(length, int) or length - 1 not in protected):
             protected.append(-1)
         share = Fraction(keep).limit_denominator(1000)
         count, divisor = (share.numerator, share.denominator) if isinstance(keep, float) else (keep, 0)
+        if predictor is not None:
+            count, divisor = max(1, int((self.tokens.length - len(protected)) * keep ** (number + 1))), 0
         if isinstance(length, int) and not divisor and count > length - len(protected):
             free = length - len(protected)
             raise Stopped(at, f"{count} tokens to keep of {free}, {len(protected)} are protected")
-        before = at.next
-        score = self._score(site, before)
         valid = valid_tokens(program, site, before)
+        score = self._score(site, before) if predictor is None else predictor.score(
+            program, at, len(protected), valid, before)  # fmt: skip
         if valid is not None:
-            score = program.call(aten.where.ScalarOther, valid, score, -1.0, before=before)
+            lowest = -1.0 if predictor is None else float("-inf")
+            score = program.call(aten.where.ScalarOther, valid, score, lowest, before=before)
         kept = program.call(ops.best_tokens(), score, count, protected, divisor, before=before)
         new, whole = program.call(ops.take(), at, 1, kept, before=before), True
         if self.knobs.fuse_rest and expression(new.meta["val"].shape[1]) != expression(length):
@@ -151,21 +184,13 @@ class _Pruning:
         program, call, given = self.program, self.program.call, arguments(site.attention)
         if self.knobs.score == "norm":
             return call(aten.linalg_vector_norm.default, site.at, 2, [-1], before=before)
-        query, key, mask = given["query"], given["key"], given["attn_mask"]
+        mask, rows = given["attn_mask"], {"cls": (0, 1), "last_query": (-1, WHOLE)}.get(self.knobs.score)
         if given["is_causal"] and self.knobs.score != "last_query":
             raise Stopped(site.attention, f"attention is causal: the score {self.knobs.score!r} means nothing there")
-        heads, groups = query.meta["val"].shape[1], key.meta["val"].shape[1]
-        if heads != groups:
-            key = call(aten.repeat_interleave.self_int, key, heads // groups, 1, before=before)
-        if self.knobs.score != "received":
-            start = 0 if self.knobs.score == "cls" else -1
-            end = 1 if start == 0 else (1 << 62)
-            query = call(aten.slice.Tensor, query, 2, start, end, before=before)
-            if mask is not None and mask.meta["val"].dim() > 1 and mask.meta["val"].shape[-2] != 1:
-                mask = call(aten.slice.Tensor, mask, mask.meta["val"].dim() - 2, start, end, before=before)
-        scores = call(aten.matmul.default, query, call(aten.transpose.int, key, -2, -1, before=before), before=before)
-        size = query.meta["val"].shape[-1]
-        scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(size)
+        if rows is not None and mask is not None and mask.meta["val"].dim() > 1 and mask.meta["val"].shape[-2] != 1:
+            mask = call(aten.slice.Tensor, mask, mask.meta["val"].dim() - 2, *rows, before=before)
+        scores = products(program, site.attention, rows, before)
+        scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(given["query"].meta["val"].shape[-1])
         scores = call(aten.mul.Tensor, scores, scale, before=before)
         shares = call(aten.softmax.int, masked(program, mask, scores, before), -1, before=before)
         return call(aten.mean.dim, shares, [1, 2], before=before)
