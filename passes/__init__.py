@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .lossy.merge_tokens import MergeTokens as MergeTokens
     from .lossy.prune_and_restore import PruneAndRestore as PruneAndRestore
     from .lossy.prune_tokens import PruneTokens as PruneTokens
+    from .lossy.select_prompt import SelectPrompt as SelectPrompt
 
 PASSES = {
     "DropCopies": ".exact.drop_copies",
@@ -34,6 +35,7 @@ PASSES = {
     "MergeTokens": ".lossy.merge_tokens",
     "PruneAndRestore": ".lossy.prune_and_restore",
     "PruneTokens": ".lossy.prune_tokens",
+    "SelectPrompt": ".lossy.select_prompt",
 }
 
 

@@ -24,7 +24,7 @@ from .program import Program
 aten = torch.ops.aten
 WEIGHED = {"mean", "sum", "amax", "amin", "any", "all"}  # sums must be weighted by whoever merges, extremes need not be
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"}
-ALONE = {"linear", *SOFTMAX, *NORMS, *REDUCTIONS}
+ALONE = {"linear", "embedding", *SOFTMAX, *NORMS, *REDUCTIONS}
 PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum"}
 ARRANGED = {"permute", "transpose", "t", "mT", "unsqueeze", "squeeze", "flatten"}
 DEALT = {"view", "_unsafe_view", "reshape"}
@@ -58,7 +58,8 @@ class Shortening:
         protected: leading elements that keep their places.
         at: the value from which on the axis is shorter, [batch, axis, ...].
         new: the same, shorter; it stands after `at`, and what computes it between them.
-        kept: [batch, shorter axis], the place of each element of `new` along the axis of `at`.
+        kept: [batch, shorter axis], the place of each element of `new` along the axis of `at`; None: their places are
+            new ones, counted from zero.
         in_order: whether what stays keeps its order and what it stands for.
         keeps_last: whether the last element stays last.
         inside: nodes that may become shorter, None for all that follow; `restore` then serves those outside.
@@ -71,7 +72,7 @@ class Shortening:
     protected: int
     at: fx.Node
     new: fx.Node
-    kept: fx.Node
+    kept: fx.Node | None
     in_order: bool = False
     keeps_last: bool = False
     inside: frozenset[fx.Node] | None = None
@@ -186,17 +187,18 @@ class Shortening:
         return any(contains(d[given["dim"] % len(d)], self.axis) for d in dims)
 
     def _leading(self, node: fx.Node) -> bool:
-        """Whether a slice takes all, all but some protected elements, or protected elements only."""
+        """Whether a slice takes all, all but some protected elements, protected elements only, or a last that stays."""
         if not self._along(node):
             return True
         given = arguments(node)
         start, end, source = given["start"] or 0, given["end"], given["self"]
         size = source.meta["val"].shape[given["dim"]]
-        if given["step"] != 1 or not isinstance(start, int) or not 0 <= start <= self.protected:
+        whole = end is None or (isinstance(end, int) and (end >= WHOLE or (isinstance(size, int) and end >= size)))
+        if given["step"] != 1 or not isinstance(start, int):
             return False
-        if isinstance(end, int) and 0 <= end <= self.protected:
-            return True
-        return end is None or (isinstance(end, int) and (end >= WHOLE or (isinstance(size, int) and end >= size)))
+        if start == -1:
+            return self.keeps_last and whole
+        return 0 <= start <= self.protected and (whole or (isinstance(end, int) and 0 <= end <= self.protected))
 
     def _selects_protected(self, node: fx.Node) -> bool:
         index = arguments(node)["index"]
@@ -227,12 +229,20 @@ class Shortening:
                 if any(a in dim for a in self.axis):
                     if dim != self.axis or place == 0:
                         raise Stopped(before, f"{source.name} carries the axis flattened together with others")
-                    value = self.program.call(ops.take(), value, place, self.kept, before=before)
-            batch = self.axes.of(self.at)[0]
-            self.axes.values[value] = [batch, *dims[1:]]
+                    value = self._chosen(value, place, before)
+            self.axes.values[value] = dims if self.kept is None else [self.axes.of(self.at)[0], *dims[1:]]
             self.taken[source, rank] = value
             self.changed.add(value)
         return self.taken[source, rank]
+
+    def _chosen(self, value: fx.Node, place: int, before: fx.Node) -> fx.Node:
+        """The chosen elements along one dimension; where places are new, the first ones."""
+        if self.kept is not None:
+            return self.program.call(ops.take(), value, place, self.kept, before=before)
+        count = self.new.meta["val"].shape[1]
+        if not isinstance(count, int):
+            count = self.program.call(aten.sym_size.int, self.new, 1, before=before)
+        return self.program.call(aten.slice.Tensor, value, place, 0, count, before=before)
 
     def _deal(self, node: fx.Node, places: list[int]) -> None:
         """Sizes of views and expansions that hold the axis."""

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import Causal
 from encoders import DEPTH, PATCHES, WIDTH, Encoder, Text, inputs, texts
 from torch import nn
-from torch.nn import functional as F
 
 from torchlathe import targets
 from torchlathe.passes import ops
@@ -107,30 +107,6 @@ def test_keeping_all_changes_nothing() -> None:
     assert program.text() == before
     whole = pruned(model, args, keep=PATCHES, layers=(0, 2))
     assert torch.equal(whole(*args), model(*args))
-
-
-class Causal(nn.Module):
-    """A decoder with rotary positions and a computed mask, or the causal flag."""
-
-    def __init__(self, flag: bool) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.flag, self.inner = flag, Encoder("qk-norm")
-
-    def layer(self, block: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        q, k, v = block.heads(block.first(x))
-        angle = (places[..., None] * torch.logspace(0, -2, 8)).repeat(*[1] * places.dim(), 2)[:, None]
-        turn = [t * angle.cos() + torch.cat([-t[..., 8:], t[..., :8]], -1) * angle.sin() for t in (q, k)]
-        mask = None if self.flag else (places[:, :, None] >= places[:, None])[:, None]
-        y = F.scaled_dot_product_attention(*turn, v, mask, is_causal=self.flag)
-        return x + block.out(y.transpose(1, 2).reshape(x.shape)), turn
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.inner.embed(x)
-        places = torch.arange(x.shape[1])[None]
-        for block in self.inner.blocks:
-            x = block.feed(self.layer(block, x, places)[0])
-        return self.inner.norm(x)[:, -1]
 
 
 @pytest.mark.parametrize("flag", [False, True])
