@@ -97,7 +97,7 @@ def test_results_of_each_token(result: str, outputs: str) -> None:
 def test_lengths_known_at_run_time_only(mask: str, places: str, keep: float) -> None:
     model, ids = Decoder(mask, places).eval(), prompts(2)
     length = torch.export.Dim("length", min=2, max=64)
-    program = capture(model, (ids,), dynamic_shapes=({1: length}, None))
+    program = capture(model, (ids,), dynamic_shapes=({1: length},))
     assert SelectPrompt(layer=1, keep=keep).run(program, CONTEXT) == 1
     well_formed(program)
     for tokens in (4, 7, 8, 9, 24, 41):
