@@ -113,8 +113,8 @@ class SelectPrompt(Pass):
         kept = call(ops.best_tokens(), score, count, [-1], divisor, before=end)
         new = call(ops.take(), ids, 1, kept, before=end)
         again = _copies(program, tokens, ids, new)
-        edit = Shortening(program, tokens.axes, tokens.axis, tokens.activations, 0, ids, new, None, in_order=True,
-                          keeps_last=True)  # fmt: skip
+        # What does not come from the ids was not copied; its first elements are those of a shorter prompt.
+        edit = Shortening(program, tokens.axes, tokens.axis, set(), 0, ids, new, None, in_order=True, keeps_last=True)
         edit.apply()
         for copy in again.values():
             if isinstance(copy.meta["val"], torch.Tensor) and edit.places(copy) and copy not in edit.changed:

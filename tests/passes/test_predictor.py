@@ -89,6 +89,26 @@ def test_equals_the_formula(family: str, batch: int, keep: float, layers: tuple[
     torch.testing.assert_close(program(*args), wanted, atol=1e-5, rtol=1e-5)
 
 
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor, real: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x * 2, real & real
+
+
+@pytest.mark.parametrize(("first", "padded"), [(0, False), (3, False), (0, True), (3, True)])
+@torch.no_grad()
+def test_scores_are_those_of_the_module(first: int, padded: bool) -> None:
+    """The mean leaves out the first tokens and padding; the last tokens of the second sample are padding."""
+    x, real, (judge,) = torch.randn(2, 9, WIDTH) * 3, torch.ones(2, 9, dtype=torch.bool), judges(1)
+    real[1, 5:] = not padded
+    program = capture(Twice(), (x, real))
+    (tokens, valid), end = program.outputs, program.graph.output_node()
+    score = predictors([judge])[0].score(program, tokens, first, valid if padded else None, end)
+    end.args = ((score, valid),)
+    counted = real & (torch.arange(9) >= first)
+    wanted = torch.stack([judge(2 * x[b], counted[b])[:, 0] for b in range(2)])
+    torch.testing.assert_close(program.run([x, real])[0], wanted, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_as_many_are_left_as_published() -> None:
     """int(N rho), int(N rho^2), int(N rho^3) of the N tokens of the beginning; one at least."""
