@@ -97,7 +97,7 @@ FAMILIES: tuple[Family, ...] = (
 
 @dataclass
 class TritonBackend:
-    """Lowers products, convolutions and reductions with their pointwise tail, attention, and rows of pointwise operators.
+    """Lowers products, convolutions and reductions with what follows them, attention, and rows of operators.
 
     Args:
         program: where constant weights are found; without it every operand is taken at run time.
