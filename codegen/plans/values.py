@@ -99,6 +99,8 @@ class Builder:
         """Rounded to a lower precision and back."""
         if dtype not in (torch.bfloat16, torch.float16) or value.kind != "float32":
             return value
+        if value.op == "const":
+            return self.const(torch.tensor(float(value.attr), dtype=dtype).item())
         return self.op("round", value, attr=str(dtype).removeprefix("torch."))
 
     def load(self, node: fx.Node, coords: tuple[Coordinate, ...]) -> Value:
