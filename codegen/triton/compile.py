@@ -182,8 +182,8 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.data_ptr() % ALIGNMENT == 0:
         return tensor
     span = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    copy = torch.empty(span, dtype=tensor.dtype, device=tensor.device).as_strided(tensor.shape, tensor.stride())
-    return copy.copy_(tensor)
+    memory = tensor.as_strided((span,), (1,))  # copied as it lies: elements of an expanded tensor share their place
+    return memory.clone().as_strided(tensor.shape, tensor.stride())
 
 
 def _stream(index: int) -> int:
