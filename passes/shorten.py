@@ -9,6 +9,7 @@ matters stops the edit with its name.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,9 @@ WEIGHED = {"mean", "sum", "amax", "amin", "any", "all"}  # sums must be weighted
 SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"}
 ALONE = {"linear", "embedding", *SOFTMAX, *NORMS, *REDUCTIONS}
 PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum"}
-ARRANGED = {"permute", "transpose", "t", "mT", "unsqueeze", "squeeze", "flatten"}
+ARRANGED = {"permute", "transpose", "t", "mT", "unsqueeze", "squeeze", "flatten", "stack"}
 DEALT = {"view", "_unsafe_view", "reshape"}
-PIECES = {"split", "split_with_sizes", "chunk", "unbind", "stack", "cat"}
+PIECES = {"split", "split_with_sizes", "chunk", "unbind", "cat"}
 WHOLE = 1 << 40  # ends of slices from here on mean "to the end"
 
 
@@ -38,6 +39,12 @@ class Stopped(Exception):
     def __init__(self, node: fx.Node, reason: str) -> None:
         super().__init__(reason)
         self.node = node
+
+
+def _set(node: fx.Node, *args: Any) -> bool:
+    """Replace all arguments but the first."""
+    node.args, node.kwargs = (node.args[0], *args), {}
+    return True
 
 
 def contains(dim: Dim, axis: Dim) -> bool:
@@ -55,29 +62,38 @@ class Shortening:
         axis: what gets shorter, as one dimension.
         activations: nodes that hold activations: they cannot be taken at the chosen elements, since they would be
             read as they were before the edit.
-        protected: leading elements that keep their places.
+        fixed: where elements that keep places known beforehand are in `at`, and where in `new`; below zero, counted
+            from the last.
         at: the value from which on the axis is shorter, [batch, axis, ...].
         new: the same, shorter; it stands after `at`, and what computes it between them.
         kept: [batch, shorter axis], the place of each element of `new` along the axis of `at`; None: their places are
             new ones, counted from zero.
         in_order: whether what stays keeps its order and what it stands for.
-        keeps_last: whether the last element stays last.
         inside: nodes that may become shorter, None for all that follow; `restore` then serves those outside.
+        spans: dimensions that get shorter: the axis, and slices of it that lack only so many of its first and last
+            elements, all of them fixed.
     """
 
     program: Program
     axes: Axes
     axis: Dim
     activations: set[fx.Node]
-    protected: int
+    fixed: Mapping[int, int]
     at: fx.Node
     new: fx.Node
     kept: fx.Node | None
     in_order: bool = False
-    keeps_last: bool = False
     inside: frozenset[fx.Node] | None = None
     changed: set[fx.Node] = field(default_factory=set)
     taken: dict[tuple[fx.Node, int], fx.Node] = field(default_factory=dict)
+    spans: dict[Dim, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spans[self.axis] = 0, 0
+
+    def span(self, dim: Dim) -> Dim | None:
+        """The dimension that gets shorter which this one is made of, perhaps with others."""
+        return next((s for s in self.spans if contains(dim, s)), None)
 
     def apply(self) -> None:
         """Let what comes after `new` read it instead of `at`, and follow. Raises Stopped: the graph is then void."""
@@ -122,9 +138,9 @@ class Shortening:
         """Dimensions of a node's tensor that carry the axis. Raises Stopped if one carries a part of it."""
         found = []
         for k, dim in enumerate(self.axes.of(node)):
-            if contains(dim, self.axis):
+            if self.span(dim) is not None:
                 found.append(k)
-            elif any(a in dim for a in self.axis):
+            elif any(a in dim for s in self.spans for a in s):
                 raise Stopped(node, "it takes the axis apart")
         return found
 
@@ -144,16 +160,14 @@ class Shortening:
 
     def _any(self, node: fx.Node) -> bool:
         """Whether one of several results carries the axis."""
-        return any(
-            contains(self.axes.resolve(d), self.axis) for dims in self.axes.values[node] or () for d in dims or ()
-        )
+        return any(self.span(self.axes.resolve(d)) for dims in self.axes.values[node] or () for d in dims or ())
 
     def _check(self, node: fx.Node) -> None:
         """Raise Stopped where the operator's answer depends on the order or the number of the axis's elements."""
         if node in self.axes.unknown:
             raise Stopped(node, f"its axes are not known: {self.axes.unknown[node]}")
         name = operator_name(node)
-        mixed = any(contains(d, self.axis) for d in self.axes.mixed(node))
+        mixed = any(self.span(d) for d in self.axes.mixed(node))
         if node.target is operator.getitem or by_element(node):
             return
         if name == "scaled_dot_product_attention":
@@ -166,44 +180,78 @@ class Shortening:
             if mixed and any(n not in self.changed for n in node.all_input_nodes if self._carries(n)):
                 raise Stopped(node, "it mixes the axis by a matrix of its own")
             return
-        if name == "slice" and self._leading(node):
-            return
-        if name == "select" and self._selects_protected(node):
+        if name in ("slice", "select") and (not self._along(node) or self._repoint(node, name)):
             return
         known = name in ALONE | ARRANGED | DEALT | PIECES | {"expand", "repeat"}
-        if mixed or not known or (name in ("cat", "slice", "select") and self._along(node)):
+        if mixed or not known or (name in PIECES | {"slice", "select"} and self._along(node)):
             raise Stopped(node, f"{name} works along the axis")
 
     def _carries(self, node: fx.Node) -> bool:
-        return isinstance(node.meta.get("val"), torch.Tensor) and any(
-            contains(d, self.axis) for d in self.axes.of(node)
-        )
+        return isinstance(node.meta.get("val"), torch.Tensor) and any(map(self.span, self.axes.of(node)))
 
     def _along(self, node: fx.Node) -> bool:
         """Whether the operator's `dim` is one that carries the axis in a tensor argument."""
         given = arguments(node)
         tensors = given["tensors"] if "tensors" in given else [given["self"]]
         dims = [self.axes.of(t) for t in tensors]
-        return any(contains(d[given["dim"] % len(d)], self.axis) for d in dims)
+        return any(self.span(d[given["dim"] % len(d)]) for d in dims)
 
-    def _leading(self, node: fx.Node) -> bool:
-        """Whether a slice takes all, all but some protected elements, protected elements only, or a last that stays."""
-        if not self._along(node):
-            return True
+    def _repoint(self, node: fx.Node, name: str) -> bool:
+        """Let a slice or a choice of one element read the same ones after the edit; False if it cannot.
+
+        A slice that leaves out fixed elements only, in front and behind, gives a span.
+        """
         given = arguments(node)
-        start, end, source = given["start"] or 0, given["end"], given["self"]
-        size = source.meta["val"].shape[given["dim"]]
-        whole = end is None or (isinstance(end, int) and (end >= WHOLE or (isinstance(size, int) and end >= size)))
-        if given["step"] != 1 or not isinstance(start, int):
+        dim, size = given["dim"], given["self"].meta["val"].shape[given["dim"]]
+        span = self.axes.of(given["self"])[dim]
+        if span not in self.spans:  # flattened together with others
             return False
-        if start == -1:
-            return self.keeps_last and whole
-        return 0 <= start <= self.protected and (whole or (isinstance(end, int) and 0 <= end <= self.protected))
+        if name == "select":
+            place = self._fixed(given["index"], size, span)
+            return place is not None and _set(node, dim, place)
+        start, end = given["start"] or 0, given["end"]
+        if given["step"] != 1 or not isinstance(start, int) or not isinstance(end, (int, type(None))):
+            return False
+        end = WHOLE if end is None or end >= WHOLE or (isinstance(size, int) and end >= size) else end
+        return self._cut_outside(node, span, start, end, size) or self._cut_inside(node, span, start, end, size)
 
-    def _selects_protected(self, node: fx.Node) -> bool:
-        index = arguments(node)["index"]
-        stays = isinstance(index, int) and (0 <= index < self.protected or (index == -1 and self.keeps_last))
-        return stays or not self._along(node)
+    def _fixed(self, place: Any, size: Any, span: Dim) -> int | None:
+        """Where an element of a span is after the edit; None if it is not fixed."""
+        if not isinstance(place, int):
+            return None
+        before, behind = self.spans[span]
+        names = [place] if not isinstance(size, int) else [place % size, place % size - size]
+        moved = [self.fixed.get(p + before if p >= 0 else p - behind) for p in names]
+        return next((p - before if p >= 0 else p + behind for p in moved if p is not None), None)
+
+    def _cut_outside(self, node: fx.Node, span: Dim, start: int, end: int, size: Any) -> bool:
+        """A slice that leaves out fixed elements at the ends."""
+        given = arguments(node)
+        first = start if start >= 0 or not isinstance(size, int) else max(0, start + size)
+        last = 0 if end == WHOLE else end - size if end > 0 and isinstance(size, int) else end
+        if first < 0 or last > 0:
+            return False
+        ends = [*range(first), *range(last, 0)]
+        if any(self._fixed(p, size, span) != p for p in ends):
+            return False
+        _set(node, given["dim"], first, last or WHOLE)
+        part = self.axes.of(node)[given["dim"]]
+        before, behind = self.spans[span]
+        ends_of = before + first, behind - last
+        if part and self.spans.setdefault(part, ends_of) != ends_of:
+            raise Stopped(node, "different parts of the axis meet behind it")
+        return True
+
+    def _cut_inside(self, node: fx.Node, span: Dim, start: int, end: int, size: Any) -> bool:
+        """A slice of fixed elements that are neighbours after the edit, too."""
+        given = arguments(node)
+        chosen = range(size)[start:end] if isinstance(size, int) else range(start, 0 if end == WHOLE else end)
+        found = [self._fixed(p, size, span) for p in chosen]
+        if not found or found[0] is None or found != list(range(found[0], found[0] + len(found))):
+            return False
+        last = found[0] + len(found)
+        crosses = start < 0 < end < WHOLE and not isinstance(size, int)
+        return not crosses and _set(node, given["dim"], found[0], last or WHOLE)
 
     def _take_sides(self, node: fx.Node) -> None:
         """Replace arguments that carry the axis, and do not descend from the edit, by their chosen elements."""
@@ -226,23 +274,28 @@ class Shortening:
             for _ in range(rank - len(dims)):
                 value, dims = self.program.call(aten.unsqueeze.default, value, 0, before=before), [(), *dims]
             for place, dim in enumerate(dims):
-                if any(a in dim for a in self.axis):
-                    if dim != self.axis or place == 0:
+                if any(a in dim for s in self.spans for a in s):
+                    if dim not in self.spans or place == 0:
                         raise Stopped(before, f"{source.name} carries the axis flattened together with others")
-                    value = self._chosen(value, place, before)
+                    value = self._chosen(value, place, dim, before)
             self.axes.values[value] = dims if self.kept is None else [self.axes.of(self.at)[0], *dims[1:]]
             self.taken[source, rank] = value
             self.changed.add(value)
         return self.taken[source, rank]
 
-    def _chosen(self, value: fx.Node, place: int, before: fx.Node) -> fx.Node:
-        """The chosen elements along one dimension; where places are new, the first ones."""
+    def _chosen(self, value: fx.Node, place: int, span: Dim, before: fx.Node) -> fx.Node:
+        """The chosen elements along one dimension, a span; where places are new, the first ones."""
+        call, (first, last) = self.program.call, self.spans[span]
+        part = self.new if self.kept is None else self.kept
+        if first or last:
+            part = call(aten.slice.Tensor, part, 1, first, -last or WHOLE, before=before)
         if self.kept is not None:
-            return self.program.call(ops.take(), value, place, self.kept, before=before)
-        count = self.new.meta["val"].shape[1]
+            part = call(aten.sub.Tensor, part, first, before=before) if first else part
+            return call(ops.take(), value, place, part, before=before)
+        count = part.meta["val"].shape[1]
         if not isinstance(count, int):
-            count = self.program.call(aten.sym_size.int, self.new, 1, before=before)
-        return self.program.call(aten.slice.Tensor, value, place, 0, count, before=before)
+            count = call(aten.sym_size.int, part, 1, before=before)
+        return call(aten.slice.Tensor, value, place, 0, count, before=before)
 
     def _deal(self, node: fx.Node, places: list[int]) -> None:
         """Sizes of views and expansions that hold the axis."""
@@ -272,8 +325,9 @@ class Shortening:
             if not isinstance(new, torch.Tensor):
                 continue
             for size, found, dim in zip(old.shape, new.shape, dims, strict=True):
-                wanted = expression(size)
-                if contains(self.axes.resolve(dim), self.axis):
-                    wanted = wanted * short / whole
+                wanted, span = expression(size), self.span(self.axes.resolve(dim))
+                if span is not None:
+                    ends = sum(self.spans[span])
+                    wanted = wanted * (short - ends) / (whole - ends)
                 if expression(found) != wanted and (wanted - expression(found)).simplify() != 0:
                     raise Stopped(node, f"a size of {found} where {wanted} was expected")

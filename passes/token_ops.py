@@ -12,8 +12,8 @@ import torch
 
 TAKE = "take(Tensor input, int dim, Tensor index) -> Tensor"
 MERGE = (
-    "merge_tokens(Tensor input, Tensor size, Tensor metric, int count, int[] protected, Tensor? valid=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    "merge_tokens(Tensor input, Tensor size, Tensor metric, int count, int[] protected, Tensor? valid=None,"
+    " int[] goals=[]) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 BEST = "best_tokens(Tensor score, int count, int[] protected, int divisor=0) -> Tensor"
 APART = -2.0  # the similarity of tokens that may not merge: below every cosine, above that of protected tokens
@@ -35,22 +35,28 @@ def take_shape(input: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tens
     return input.new_empty(shape)
 
 
-def merged(tokens: Any, count: Any, protected: Sequence[int], padded: bool) -> Any:
+def merged(tokens: Any, count: Any, protected: Sequence[int], padded: bool, goals: Sequence[int] = ()) -> Any:
     """How many of so many tokens are merged away when `count` are asked for.
 
     At most half of those that are not protected, and as many as there are at even places; one less with padding, so
-    that a token which may merge with none can stay.
+    that a token which may merge with none can stay. With `goals`, all others may go, as long as one goal is free.
     """
-    even = (tokens + 1) // 2 - sum(p % 2 == 0 for p in protected) - padded
+    places = [p if p >= 0 else tokens + p for p in protected]
+    if goals:
+        free = len({*goals} - {*places})
+        return torch.sym_max(0, torch.sym_min(count, tokens - len({*goals} | {*places}))) if free else 0
+    even = (tokens + 1) // 2 - sum(1 - p % 2 for p in places) - padded
     return torch.sym_max(0, torch.sym_min(count, torch.sym_min((tokens - len(protected)) // 2, even)))
 
 
 def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, count: int, protected: Sequence[int],
-                 valid: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
+                 valid: torch.Tensor | None = None,
+                 goals: Sequence[int] = ()) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """Merge the most similar pairs of tokens.
 
     Tokens at even places look for the most similar one at odd places; the `count` with the best match become one with
-    it, the mean weighted by size. The others keep their order. Similarity is computed in float64 and rounded to
+    it, the mean weighted by size. With `goals`, all other tokens look for the most similar one of these (Bolya and
+    Hoffman, "Token Merging for Fast Stable Diffusion", 2023). Tokens that stay keep their order. Similarity is computed in float64 and rounded to
     float32: no other order of the sum gives another choice, and duplicates tie. Of equal ones the first is taken.
 
     Args:
@@ -58,19 +64,25 @@ def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
         size: how many original tokens each stands for, [batch, tokens] float32.
         metric: what similarity is the cosine of, [batch, tokens, any].
         count: tokens to merge away, clamped as `merged` says.
-        protected: places of tokens that stay alone.
+        protected: places of tokens that stay alone; those below zero are counted from the last token.
         valid: False for padding, [batch, tokens]; padding and real tokens are never merged.
+        goals: places that tokens may become part of; none means the odd ones.
 
     Returns:
-        The tokens, their sizes, the place that each had (of a merged pair, the odd one's), and for each token of the
-        input its place in the result.
+        The tokens, their sizes, the place that each had (of merged ones, the goal's), and for each token of the input
+        its place in the result.
+
+    Raises:
+        ValueError: goals together with padding, for which there may be no goal of its kind.
     """
     batch, tokens, _ = input.shape
+    if goals and valid is not None:
+        raise ValueError("tokens cannot be merged into chosen places where some of them are padding")
     places = torch.arange(tokens, device=input.device).expand(batch, tokens)
-    gone = int(merged(tokens, count, protected, valid is not None))
+    gone = int(merged(tokens, count, protected, valid is not None, goals))
     if gone == 0:
         return input.clone(), size.clone(), places.clone(), places.clone()
-    source, target = _pairs(metric, gone, protected, valid)
+    source, target = _pairs(metric, gone, protected, valid, goals)
     stays = torch.ones_like(places, dtype=torch.bool).scatter(1, source, False)
     place = stays.cumsum(1) - 1
     place = place.scatter(1, source, place.gather(1, target))
@@ -84,29 +96,33 @@ def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
     return means.to(input.dtype), total, kept, place
 
 
-def _pairs(metric: torch.Tensor, gone: int, protected: Sequence[int],
-           valid: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+def _pairs(metric: torch.Tensor, gone: int, protected: Sequence[int], valid: torch.Tensor | None,
+           goals: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Places of the tokens that are merged away, and of those that they become part of."""
+    every, alone = torch.arange(metric.shape[1], device=metric.device), metric.new_zeros(metric.shape[1])
+    alone = alone.bool().index_fill(0, every[list(protected)], True)
+    is_goal = every % 2 == 1
+    if goals:
+        is_goal = torch.zeros_like(is_goal).index_fill(0, every[list(goals)], True)
+    sources, targets = every[~is_goal], every[is_goal]
     metric = metric.to(torch.float64)
     unit = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    scores = (unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)).to(torch.float32)
-    scores.masked_fill_(scores.isnan(), APART)
-    for place in protected:
-        if place % 2:
-            scores[:, :, place // 2] = APART
+    scores = (unit[:, sources] @ unit[:, targets].transpose(1, 2)).to(torch.float32)
+    scores.masked_fill_(scores.isnan() | alone[targets], APART)
     if valid is not None:
-        scores.masked_fill_(valid[:, ::2, None] != valid[:, None, 1::2], APART)
+        scores.masked_fill_(valid[:, sources, None] != valid[:, None, targets], APART)
     best, partner = scores.max(-1)
-    best[:, [p // 2 for p in protected if p % 2 == 0]] = -torch.inf
+    best = best.masked_fill(alone[sources], -torch.inf)
     order = best.sort(dim=1, descending=True, stable=True).indices[:, :gone]
-    return 2 * order, 2 * partner.gather(1, order) + 1
+    return sources[order], targets[partner.gather(1, order)]
 
 
 def merge_shapes(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, count: int, protected: Sequence[int],
-                 valid: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:  # fmt: skip
+                 valid: torch.Tensor | None = None,
+                 goals: Sequence[int] = ()) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The shapes of `merge_tokens`."""
     batch, tokens, features = input.shape
-    left = tokens - merged(tokens, count, protected, valid is not None)
+    left = tokens - merged(tokens, count, protected, valid is not None, goals)
     kept, places = (input.new_empty(batch, n, dtype=torch.int64) for n in (left, tokens))
     return input.new_empty(batch, left, features), size.new_empty(batch, left), kept, places
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from ..targets import cost
-from .axis import Axes, Dim
+from .axis import Axes, Axis, Dim, Taken
 from .axis_rules import by_element
 from .base import Refusal
 from .blocks import Branch, find_stream
 from .nodes import arguments, expression, operator_name
 from .program import Program
-from .shorten import Stopped
+from .shorten import WHOLE, Stopped
 from .values import Values
 
 aten = torch.ops.aten
@@ -59,7 +63,8 @@ class Tokens:
         axes: of the program.
         axis: the tokens.
         sites: self-attentions over them, in order.
-        protected: places of tokens that come from parameters (class, distillation, registers).
+        protected: places of tokens that come from parameters (class, distillation, registers) or are read by their
+            place, as `placed` names them.
         activations: nodes that descend from the first value of the stream, and that value.
         length: number of tokens that the first attention is over; where it is symbolic, that of the example.
     """
@@ -102,20 +107,37 @@ def find_tokens(program: Program, in_order: bool = False) -> Tokens | Refusal:
     for site in sites:
         if not in_order and site.mask is not None and varies(values, site.mask, -2):
             return Refusal.at(site.attention, "its mask differs from query to query: tokens are told apart by place")
-    after = _descendants(stream.values[0])
-    places = sorted({*protected(axes, axis), *_selected(axes, axis, after)})
-    return Tokens(axes, axis, sites, tuple(places), after, cost.hint(sites[0].at.meta["val"].shape[1]))
+    after, length = _descendants(stream.values[0]), sites[0].at.meta["val"].shape[1]
+    places = [*protected(axes, axis), *_read_by_place(axes, axis, after, length)]
+    return Tokens(axes, axis, sites, placed(places, length), after, cost.hint(length))
 
 
-def _selected(axes: Axes, axis: Dim, nodes: set[fx.Node]) -> list[int]:
-    """Places that are read one by one, such as a class token that is part of the input."""
-    found = []
+def _read_by_place(axes: Axes, axis: Dim, nodes: set[fx.Node], length: Any) -> list[int]:
+    """Places that are read one by one, such as a class token that is part of the input, or that slices leave out."""
+    found: list[int] = []
     for node in nodes:
+        given = arguments(node)
+        if node.target not in (aten.select.int, aten.slice.Tensor) or axes.of(given["self"])[given["dim"]] != axis:
+            continue
         if node.target is aten.select.int:
-            given = arguments(node)
-            if axes.of(given["self"])[given["dim"]] == axis and isinstance(given["index"], int) and given["index"] >= 0:
-                found.append(given["index"])
+            found += [given["index"]] if isinstance(given["index"], int) else []
+        elif given["step"] == 1:
+            found += _around_cut(given["start"] or 0, given["end"], length)
     return found
+
+
+def _around_cut(start: Any, end: Any, length: Any) -> list[int]:
+    """Places that tell a slice from the rest: those that it takes or those that it leaves out, if these are fewer."""
+    if not isinstance(start, int) or not isinstance(end, (int, type(None))):
+        return []
+    if isinstance(length, int):
+        inside = range(length)[start:end]
+        outside = [p for p in range(length) if p not in inside]
+        return outside if len(outside) < len(inside) else list(inside)
+    open_end = end is None or end >= WHOLE
+    if start < 0 or (not open_end and end > 0):
+        return list(range(start, 0 if open_end else end))
+    return [*range(start), *range(0 if open_end else end, 0)]
 
 
 def varies(values: Values, node: fx.Node, dim: int) -> bool:
@@ -148,32 +170,50 @@ def _descendants(node: fx.Node) -> set[fx.Node]:
 
 
 def protected(axes: Axes, dim: Dim) -> list[int]:
-    """Places of a token dimension whose tokens are parameters, as far as sizes before them are known."""
+    """Places of a token dimension whose tokens are parameters, as far as sizes before or behind them are known.
+
+    Those behind tokens of unknown number are counted from the last one, below zero.
+    """
     if len(dim) != 1:
         return []
     if dim[0] in axes.taken:
-        part, size = axes.taken[dim[0]], dim[0].size
-        start = expression(part.start)
-        if not start.is_Integer or part.step != 1:
-            return []
-        before = protected(axes, axes.resolve(part.source))
-        return [p - int(start) for p in before if p >= start and (not size.is_Integer or p < start + size)]
+        return _protected_in_part(axes, axes.taken[dim[0]], dim[0].size)
     if dim[0] not in axes.joined:
         return []
-    found, offset = list[int](), 0
-    for node, piece in axes.joined[dim[0]].pieces:
-        own, size = axes.resolve(piece), expression(node.meta["val"].shape[_place(axes, dim[0])])
-        whole = not depends_on_input(node)
-        if whole and size.is_Integer:
-            found += range(offset, offset + int(size))
-        elif own:
-            found += [offset + p for p in protected(axes, own)]
-        elif "slice" in str(node.target):  # of one element, which has no axis of its own
-            found += [offset] * _cuts_protected(axes, node)
-        if not size.is_Integer:
-            break
-        offset += int(size)
+    found, pieces = list[int](), list(axes.joined[dim[0]].pieces)
+    for order, behind in ((pieces, False), (pieces[::-1], True)):
+        offset = 0
+        for node, piece in order:
+            size = expression(node.meta["val"].shape[_place(axes, dim[0])])
+            for p in _protected_in_piece(axes, node, axes.resolve(piece), size):
+                if not behind and p >= 0:
+                    found.append(p + offset)
+                elif behind and (p < 0 or size.is_Integer):
+                    found.append((p if p < 0 else p - int(size)) - offset)
+            if not size.is_Integer:
+                break
+            offset += int(size)
+        else:
+            break  # all sizes are known: seen from behind, nothing is new
     return found
+
+
+def _protected_in_part(axes: Axes, part: Taken, size: sympy.Expr) -> list[int]:
+    start, source = expression(part.start), axes.resolve(part.source)
+    behind = math.prod(a.size for a in source) - start - size
+    if not start.is_Integer or start < 0 or part.step != 1:
+        return []
+    before = protected(axes, source)
+    first = [p - int(start) for p in before if p >= start and (not size.is_Integer or p < start + size)]
+    return first + [p + int(behind) for p in before if p < 0 and behind.is_Integer and p + behind < 0]
+
+
+def _protected_in_piece(axes: Axes, node: fx.Node, own: Dim, size: sympy.Expr) -> Iterable[int]:
+    if size.is_Integer and not depends_on_input(node):
+        return range(int(size))
+    if own:
+        return protected(axes, own)
+    return range(1 if "slice" in str(node.target) and _cuts_protected(axes, node) else 0)  # one has no axis of its own
 
 
 def _cuts_protected(axes: Axes, node: fx.Node) -> bool:
@@ -181,8 +221,8 @@ def _cuts_protected(axes: Axes, node: fx.Node) -> bool:
     return (given["start"] or 0) in protected(axes, axes.of(given["self"])[given["dim"]])
 
 
-def _place(axes: Axes, axis: object) -> int:
-    node = axes.joined[axis].node  # type: ignore[index]
+def _place(axes: Axes, axis: Axis) -> int:
+    node = axes.joined[axis].node
     return int(arguments(node)["dim"]) % len(axes.of(node))
 
 
@@ -200,9 +240,31 @@ def depends_on_input(node: fx.Node) -> bool:
     return False
 
 
-def leading(places: Sequence[int]) -> int:
+def leading(places: Iterable[int]) -> int:
     """How many of the first places are among these, without a gap."""
-    return next((k for k, p in enumerate(sorted(places)) if p != k), len(places))
+    found = set(places)
+    return next(k for k in itertools.count() if k not in found)
+
+
+def trailing(places: Iterable[int]) -> int:
+    """How many of the last places are among these, named from -1 on, without a gap."""
+    return leading(-1 - p for p in places)
+
+
+def middle(places: Sequence[int]) -> list[int]:
+    """Those of some places, named as `placed` does, that are neither the first nor the last ones."""
+    return [p for p in places if leading(places) <= p]
+
+
+def placed(places: Iterable[int], length: Any) -> tuple[int, ...]:
+    """Places by names that hold however many tokens go between them: from the first token those that are first without
+    a gap, from the last one, below zero, those that are last; those in the middle as they are."""
+    if not isinstance(length, int):
+        return tuple(sorted(set(places), key=lambda p: (p < 0, p)))
+    known = {p % length for p in places}
+    front = leading(known)
+    back = leading(length - 1 - p for p in known) if front < length else 0
+    return (*range(front), *sorted(p for p in known if front <= p < length - back), *range(-back, 0))
 
 
 def products(program: Program, attention: fx.Node, rows: tuple[int, int] | None, before: fx.Node) -> fx.Node:

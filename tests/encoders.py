@@ -129,18 +129,22 @@ def inputs(family: str, batch: int) -> tuple[torch.Tensor, ...]:
     return x, mask
 
 
-def merge_one(x: Any, size: Any, metric: Any, count: int, protected: int, mask: Any) -> tuple[Any, ...]:
-    """The paper's matching of one sample, token by token: tokens, sizes, mask, and where each token went."""
+def merge_one(x: Any, size: Any, metric: Any, count: int, protected: int | set[int], mask: Any) -> tuple[Any, ...]:
+    """The paper's matching of one sample, token by token: tokens, sizes, mask, and where each token went.
+
+    The first `protected` tokens, or those of this set, stay alone.
+    """
     tokens = len(x)
-    sources = [t for t in range(0, tokens, 2) if t >= protected]
-    goals = [t for t in range(1, tokens, 2) if t >= protected]
+    alone = set(range(protected)) if isinstance(protected, int) else protected
+    sources = [t for t in range(0, tokens, 2) if t not in alone]
+    goals = [t for t in range(1, tokens, 2) if t not in alone]
     best = []
     for s in sources:
         options = [(float(metric[s] @ metric[g]), g) for g in goals if mask is None or mask[s] == mask[g]]
         if options:
             score, goal = max(options, key=lambda o: (o[0], -o[1]))
             best.append((score, s, goal))
-    count = min(count, (tokens - protected) // 2, len(sources) - (mask is not None))
+    count = min(count, (tokens - len(alone)) // 2, len(sources) - (mask is not None))
     chosen = sorted(best, key=lambda b: (-b[0], b[1]))[:count]
     into: dict[int, list[int]] = {}
     for _, s, g in chosen:

@@ -144,6 +144,8 @@ def _merge(region: Region, root: fx.Node, parts: dict[fx.Node, Any]) -> Merge:
     _static(tokens, features, compared, left)
     if tokens < 2 or any(not isinstance(p, int) for p in parts.values()) or len({*parts.values()}) < len(parts):
         raise Unsupported("a merge of less than two tokens, or with results taken twice")
+    if given["goals"]:
+        raise Unsupported("a merge into chosen places")
     position = {parts[n]: len(region.inputs) + k for k, n in enumerate(outputs)}
     valid = None if given["valid"] is None else _walk(region, given["valid"], "bool")
     tensors = [*(n.meta["val"] for n in region.inputs), *_outputs(region)]

@@ -9,8 +9,8 @@ from typing import ClassVar, Self
 from ..base import Context, Fidelity, Pass, Refusal
 from ..program import Program
 from ..shorten import Stopped
-from ..tokens import find_tokens
-from .merging import Merging, reason_against
+from ..tokens import find_tokens, placed
+from .merging import Merging
 from .settings import run_within
 
 DEFAULT = 8
@@ -78,10 +78,11 @@ class MergeTokens(Pass):
         counts = amounts(DEFAULT if self.r is None else self.r, len(tokens.sites))
         if isinstance(counts, str):
             return Refusal(counts)
-        kept = tokens.protected if self.protect is None else self.protect
-        if (reason := reason_against(kept)) is not None:
-            return Refusal(reason)
-        static = isinstance(tokens.sites[0].at.meta["val"].shape[1], int)
+        length = tokens.sites[0].at.meta["val"].shape[1]
+        static = isinstance(length, int)
+        kept = tokens.protected if self.protect is None else placed(self.protect, length)
+        if static and not all(-length <= p < length for p in self.protect or ()):
+            return Refusal(f"tokens {self.protect} of {length} cannot be protected")
         if static and 2 * max(counts) > tokens.length - len(kept):
             return Refusal(f"{max(counts)} of {tokens.length} tokens cannot be merged away, {len(kept)} are protected")
         edit = Merging(program, tokens, kept)

@@ -10,20 +10,14 @@ import torch
 from torch import fx
 
 from .. import ops
+from ..axis import Dim
 from ..nodes import arguments, erase_dead, expression, operator_name
 from ..program import Program
-from ..shorten import Shortening, Stopped, contains
-from ..tokens import Site, Tokens, leading, masked, valid_tokens
+from ..shorten import WHOLE, Shortening, Stopped
+from ..tokens import Site, Tokens, leading, masked, middle, trailing, valid_tokens
 
 aten = torch.ops.aten
 REDUCTIONS = {"mean", "sum"}
-
-
-def reason_against(protected: Sequence[int]) -> str | None:
-    """Why these tokens cannot be protected: places further behind move when tokens before them merge, by sample."""
-    if leading(protected) == len(protected):
-        return None
-    return f"tokens {sorted(protected)} are protected, but only those in front keep their places"
 
 
 @dataclass(frozen=True)
@@ -41,28 +35,35 @@ class Merging:
     """The edits of one run: merge site by site, then weigh what comes after by the sizes of the tokens.
 
     Attributes:
-        protected: the first places of all.
+        protected: places of tokens that stay alone, named as `placed` does. Those in the middle would go to other
+            places in every sample: the first merge takes them behind those in front, where they stay.
         sizes: (first node that reads merged tokens, node of their sizes), in order.
+        edits: so far.
     """
 
     program: Program
     tokens: Tokens
     protected: tuple[int, ...]
     sizes: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    edits: list[Shortening] = field(default_factory=list)
 
     def after(self, site: Site, count: int, metric: str) -> None:
         """Insert one merge after a site and let all that follows be shorter. Raises Stopped."""
         program, at, before = self.program, site.at, site.at.next
         features = at if metric == "features" else program.call(aten.mean.dim, site.keys, [1], before=before)
-        size = self.sizes[-1][1] if self.sizes else self.ones(at, before)
-        found = self.call(at, size, features, count, valid_tokens(program, site, before), before)
-        self.edit(at, found).apply()
+        first = not self.sizes
+        size = self.ones(at, before) if first else self.sizes[-1][1]
+        found = self.call(at, size, features, count, valid_tokens(program, site, before), before, first)
+        self.edit(at, found, first=first).apply()
         self.sizes.append((found.new, found.sizes))
 
-    def around(self, site: Site, count: int) -> None:
+    def around(self, site: Site, count: int, goals: Sequence[int] = ()) -> None:
         """Merge what goes into a site's branch, and give each token the result of what it became. Raises Stopped."""
         at, before = site.branch.start, site.branch.nodes[0]
-        found = self.call(at, self.ones(at, before), at, count, valid_tokens(self.program, site, before), before)
+        valid = valid_tokens(self.program, site, before)
+        if valid is not None and goals:
+            raise Stopped(site.attention, "its mask hides tokens, which may have no partner of their kind")
+        found = self.call(at, self.ones(at, before), at, count, valid, before, goals=goals)
         edit = self.edit(at, found, frozenset(site.branch.nodes))
         edit.apply()
         edit.restore(found.places)
@@ -74,17 +75,52 @@ class Merging:
         return self.program.call(aten.ones_like.default, first, before=before, dtype=torch.float32)
 
     def call(self, at: fx.Node, size: fx.Node, metric: fx.Node, count: int, valid: fx.Node | None,
-             before: fx.Node) -> Merged:  # fmt: skip
-        """Insert the operator and take its results apart."""
-        call = self.program.call
-        node = call(ops.merge_tokens(), at, size, metric, count, list(self.protected), valid, before=before)
-        return Merged(*(call(operator.getitem, node, k, before=before) for k in range(4)))
+             before: fx.Node, first: bool = True, goals: Sequence[int] = ()) -> Merged:  # fmt: skip
+        """Insert the operator and take its results apart.
 
-    def edit(self, at: fx.Node, found: Merged, inside: frozenset[fx.Node] | None = None) -> Shortening:
+        Args:
+            first: whether protected tokens are where they were at first.
+            goals: places that tokens may become part of, where they are at first.
+        """
+        call, order = self.program.call, self._order(at) if first else None
+        if order is not None:
+            index = self.program.weight("order", torch.tensor(order, device=at.meta["val"].device))
+            at, size, metric = (call(aten.index_select.default, n, 1, index, before=before) for n in (at, size, metric))
+            valid = None if valid is None else call(aten.index_select.default, valid, 1, index, before=before)
+            goals = [order.index(g) for g in goals]
+        front, back = leading(self.protected) + len(middle(self.protected)), trailing(self.protected)
+        alone = [*range(front), *range(-back, 0)]
+        node = call(ops.merge_tokens(), at, size, metric, count, alone, valid, goals, before=before)
+        found = Merged(*(call(operator.getitem, node, k, before=before) for k in range(4)))
+        if order is None:
+            return found
+        inverse = torch.tensor(order, device=at.meta["val"].device).argsort()
+        index_of = self.program.weight("order", inverse)
+        kept = call(aten.index.Tensor, index, [found.kept], before=before)
+        places = call(aten.index_select.default, found.places, 1, index_of, before=before)
+        return Merged(found.new, found.sizes, kept, places)
+
+    def _order(self, at: fx.Node) -> list[int] | None:
+        """Places of all tokens in an order that has the protected ones at the ends; None if it is theirs. Raises
+        Stopped."""
+        inner, length = middle(self.protected), at.meta["val"].shape[1]
+        if not inner:
+            return None
+        if not isinstance(length, int):
+            raise Stopped(at, f"tokens {inner} are protected in the middle of others whose number is not known")
+        front = leading(self.protected)
+        return [*range(front), *inner, *(p for p in range(front, length) if p not in inner)]
+
+    def edit(self, at: fx.Node, found: Merged, inside: frozenset[fx.Node] | None = None,
+             first: bool = True) -> Shortening:  # fmt: skip
         """What lets readers of `at` read merged tokens."""
-        tokens = self.tokens
-        return Shortening(self.program, tokens.axes, tokens.axis, tokens.activations, len(self.protected),
-                          at, found.new, found.kept, inside=inside)  # fmt: skip
+        tokens, front = self.tokens, leading(self.protected)
+        inner = middle(self.protected)
+        after = range(front, front + len(inner))
+        fixed = {p: p for p in self.protected if p < front} | dict(zip(inner if first else after, after, strict=True))
+        self.edits.append(Shortening(self.program, tokens.axes, tokens.axis, tokens.activations, fixed,
+                                     at, found.new, found.kept, inside=inside))  # fmt: skip
+        return self.edits[-1]
 
     def weigh(self) -> None:
         """Attention counts a merged token as often as it stands for; so do means and sums over the tokens."""
@@ -95,21 +131,31 @@ class Merging:
             if current is None or node not in self.tokens.axes.values or node.op != "call_function":
                 continue
             name = operator_name(node)
-            if name == "scaled_dot_product_attention" and self._merged(arguments(node)["key"], current):
-                self._bias(node, current)
-            elif name in REDUCTIONS and self._reduces_merged(node, current):
-                self._weighted(node, name, current)
+            if name == "scaled_dot_product_attention":
+                weight = self._size_of(arguments(node)["key"], current, node)
+                if weight is not None:
+                    self._bias(node, weight)
+            elif name in REDUCTIONS and any(map(self._span, self.tokens.axes.mixed(node))):
+                weight = self._size_of(arguments(node)["self"], current, node)
+                if weight is not None:
+                    self._weighted(node, name, weight)
         erase_dead(self.program.graph)
 
-    def _reduces_merged(self, node: fx.Node, size: fx.Node) -> bool:
-        mixed = any(contains(d, self.tokens.axis) for d in self.tokens.axes.mixed(node))
-        return mixed and self._merged(arguments(node)["self"], size)
+    def _span(self, dim: Dim) -> Dim | None:
+        """The dimension of tokens, or of a slice of them, that this one is made of."""
+        return next((s for s in map(lambda e: e.span(dim), self.edits) if s is not None), None)
 
-    def _merged(self, node: fx.Node, size: fx.Node) -> bool:
-        """Whether a tensor carries the tokens as they are after the merge; a mask, for instance, may be as it was."""
+    def _size_of(self, node: fx.Node, size: fx.Node, before: fx.Node) -> fx.Node | None:
+        """Sizes of the tokens that a tensor carries if it does as they are after the merge; a mask may be as it was."""
+        spans = {s: ends for e in self.edits for s, ends in e.spans.items()}
         count, value = expression(size.meta["val"].shape[1]), node.meta["val"]
-        return any(contains(d, self.tokens.axis) and expression(n) == count
-                   for d, n in zip(self.tokens.axes.of(node), value.shape, strict=True))  # fmt: skip
+        for dim, n in zip(self.tokens.axes.of(node), value.shape, strict=True):
+            first, last = spans.get(self._span(dim) or (), (0, 0))
+            if self._span(dim) is not None and expression(n) == count - first - last:
+                whole = not first and not last
+                return size if whole else self.program.call(aten.slice.Tensor, size, 1, first, -last or WHOLE,
+                                                            before=before)  # fmt: skip
+        return None
 
     def _bias(self, node: fx.Node, size: fx.Node) -> None:
         """Add the logarithm of the sizes to the scores of the keys."""
@@ -143,7 +189,7 @@ class Merging:
         source, dims = given["self"], given["dim"]
         rank = source.meta["val"].dim()
         listed = [d % rank for d in ([dims] if isinstance(dims, int) else dims or range(rank))]
-        places = [k for k, d in enumerate(self.tokens.axes.of(source)) if contains(d, self.tokens.axis)]
+        places = [k for k, d in enumerate(self.tokens.axes.of(source)) if self._span(d)]
         if listed != places or len(places) != 1 or places[0] == 0:
             raise Stopped(node, "tokens are reduced together with other dimensions")
         weight = size

@@ -14,7 +14,7 @@ from ..base import Context, Fidelity, Pass, Refusal
 from ..program import Program
 from ..shorten import Stopped
 from ..tokens import Tokens, find_tokens, valid_tokens
-from .merging import Merged, Merging, reason_against
+from .merging import Merged, Merging
 
 DEFAULT = 0.5
 
@@ -65,8 +65,6 @@ class PruneAndRestore(Pass):
         left = math.ceil(keep * tokens.length) if isinstance(keep, float) else keep
         if not 0 < left <= tokens.length or left < len(tokens.protected):
             return Refusal(f"{left} of {tokens.length} tokens cannot be kept, {len(tokens.protected)} are protected")
-        if (reason := reason_against(tokens.protected)) is not None:
-            return Refusal(reason)
         if left == tokens.length:
             return 0
         try:
@@ -97,7 +95,7 @@ class PruneAndRestore(Pass):
         call, take = edit.program.call, ops.take()
         found, size, tokens = None, edit.ones(at, before), at
         while (count := tokens.meta["val"].shape[1] - left) > 0:
-            new = edit.call(tokens, size, tokens, count, valid, before)
+            new = edit.call(tokens, size, tokens, count, valid, before, found is None)
             if new.new.meta["val"].shape[1] == tokens.meta["val"].shape[1]:
                 return None
             valid = None if valid is None else call(take, valid, 1, new.kept, before=before)

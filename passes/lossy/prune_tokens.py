@@ -16,7 +16,7 @@ from ..base import Context, Fidelity, Pass, Refusal
 from ..nodes import arguments, erase_dead, expression
 from ..program import Program
 from ..shorten import WHOLE, Shortening, Stopped
-from ..tokens import Site, Tokens, find_tokens, leading, masked, products, valid_tokens
+from ..tokens import Site, Tokens, find_tokens, leading, masked, middle, products, trailing, valid_tokens
 from .predictor import Predictor
 from .settings import run_within
 
@@ -104,6 +104,10 @@ class PruneTokens(Pass):
             return f"{keep} of the tokens cannot be kept"
         if self.score == "cls" and 0 not in tokens.protected:
             return "there is no class token: none is a parameter, and none is read by its place"
+        if len(layers) > 1 and (inner := middle(tokens.protected)):
+            return f"tokens {inner} are protected, which the first layer moves to other places in every sample"
+        if self.fuse_rest and trailing(tokens.protected):
+            return "the token of the dropped ones would stand behind protected ones"
         return self._reason_against_predictors(tokens, len(layers), keep)
 
     def _reason_against_predictors(self, tokens: Tokens, layers: int, keep: float | int) -> str | None:
@@ -143,7 +147,7 @@ class _Pruning:
         before = at.next if predictor is None else site.branch.nodes[0]
         length, protected, keep = at.meta["val"].shape[1], list(self.tokens.protected), self.keep
         last = self.knobs.score == "last_query"
-        if last and (not isinstance(length, int) or length - 1 not in protected):
+        if last and -1 not in protected:
             protected.append(-1)
         share = Fraction(keep).limit_denominator(1000)
         count, divisor = (share.numerator, share.denominator) if isinstance(keep, float) else (keep, 0)
@@ -162,9 +166,9 @@ class _Pruning:
         new, whole = program.call(ops.take(), at, 1, kept, before=before), True
         if self.knobs.fuse_rest and expression(new.meta["val"].shape[1]) != expression(length):
             (new, kept), whole = self._with_rest(at, new, kept, score, before), False
-        Shortening(program, self.tokens.axes, self.tokens.axis, self.tokens.activations,
-                   leading(self.tokens.protected), at, new, kept, in_order=whole,
-                   keeps_last=whole and last).apply()  # fmt: skip
+        fixed = {p: p for p in [*range(leading(protected)), *range(-trailing(protected) if whole else 0, 0)]}
+        Shortening(program, self.tokens.axes, self.tokens.axis, self.tokens.activations, fixed, at, new, kept,
+                   in_order=whole).apply()  # fmt: skip
 
     def _with_rest(self, at: fx.Node, new: fx.Node, kept: fx.Node, score: fx.Node,
                    before: fx.Node) -> tuple[fx.Node, fx.Node]:  # fmt: skip

@@ -114,7 +114,7 @@ class SelectPrompt(Pass):
         new = call(ops.take(), ids, 1, kept, before=end)
         again = _copies(program, tokens, ids, new)
         # What does not come from the ids was not copied; its first elements are those of a shorter prompt.
-        edit = Shortening(program, tokens.axes, tokens.axis, set(), 0, ids, new, None, in_order=True, keeps_last=True)
+        edit = Shortening(program, tokens.axes, tokens.axis, set(), {-1: -1}, ids, new, None, in_order=True)
         edit.apply()
         for copy in again.values():
             if isinstance(copy.meta["val"], torch.Tensor) and edit.places(copy) and copy not in edit.changed:
