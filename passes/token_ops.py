@@ -38,15 +38,18 @@ def take_shape(input: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tens
 def merged(tokens: Any, count: Any, protected: Sequence[int], padded: bool, goals: Sequence[int] = ()) -> Any:
     """How many of so many tokens are merged away when `count` are asked for.
 
-    At most half of those that are not protected, and as many as there are at even places; one less with padding, so
-    that a token which may merge with none can stay. With `goals`, all others may go, as long as one goal is free.
+    At most half of those that are not protected, and as many as there are at even places (of protected ones that are
+    counted from the end, as many as can be are taken to be at even places); one less with padding, so that a token
+    which may merge with none can stay. With `goals`, all others may go, as long as one goal is free.
     """
-    places = [p if p >= 0 else tokens + p for p in protected]
     if goals:
-        free = len({*goals} - {*places})
-        return torch.sym_max(0, torch.sym_min(count, tokens - len({*goals} | {*places}))) if free else 0
-    even = (tokens + 1) // 2 - sum(1 - p % 2 for p in places) - padded
-    return torch.sym_max(0, torch.sym_min(count, torch.sym_min((tokens - len(protected)) // 2, even)))
+        alone, ends = ({p % tokens for p in places} for places in (protected, goals))
+        return max(0, min(count, tokens - len(alone | ends))) if ends - alone else 0
+    behind = [p % 2 for p in protected if p < 0]
+    even = sum(p % 2 == 0 for p in protected if p >= 0) + max(sum(behind), len(behind) - sum(behind)) + padded
+    # of the two bounds the lower one, which is the same for all numbers of tokens: a symbolic one is written once
+    most = (tokens - len(protected)) // 2 if 2 * even <= len(protected) + 1 else (tokens + 1) // 2 - even
+    return torch.sym_max(0, torch.sym_min(count, most))
 
 
 def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, count: int, protected: Sequence[int],
@@ -56,8 +59,9 @@ def merge_tokens(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
 
     Tokens at even places look for the most similar one at odd places; the `count` with the best match become one with
     it, the mean weighted by size. With `goals`, all other tokens look for the most similar one of these (Bolya and
-    Hoffman, "Token Merging for Fast Stable Diffusion", 2023). Tokens that stay keep their order. Similarity is computed in float64 and rounded to
-    float32: no other order of the sum gives another choice, and duplicates tie. Of equal ones the first is taken.
+    Hoffman, "Token Merging for Fast Stable Diffusion", 2023). Tokens that stay keep their order. Similarity is computed
+    in float64 and rounded to float32: no other order of the sum gives another choice, and duplicates tie. Of equal ones
+    the first is taken.
 
     Args:
         input: [batch, tokens, features].

@@ -143,7 +143,7 @@ class Merging:
 
     def _span(self, dim: Dim) -> Dim | None:
         """The dimension of tokens, or of a slice of them, that this one is made of."""
-        return next((s for s in map(lambda e: e.span(dim), self.edits) if s is not None), None)
+        return next((s for s in (e.span(dim) for e in self.edits) if s is not None), None)
 
     def _size_of(self, node: fx.Node, size: fx.Node, before: fx.Node) -> fx.Node | None:
         """Sizes of the tokens that a tensor carries if it does as they are after the merge; a mask may be as it was."""
