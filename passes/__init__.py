@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .exact.hoist_invariant import HoistInvariant as HoistInvariant
     from .exact.merge_common import MergeCommon as MergeCommon
     from .exact.merge_reparam import MergeReparam as MergeReparam
+    from .lossy.merge_frames import MergeFrames as MergeFrames
     from .lossy.merge_tokens import MergeTokens as MergeTokens
     from .lossy.prune_and_restore import PruneAndRestore as PruneAndRestore
     from .lossy.prune_tokens import PruneTokens as PruneTokens
@@ -32,6 +33,7 @@ PASSES = {
     "HoistInvariant": ".exact.hoist_invariant",
     "MergeCommon": ".exact.merge_common",
     "MergeReparam": ".exact.merge_reparam",
+    "MergeFrames": ".lossy.merge_frames",
     "MergeTokens": ".lossy.merge_tokens",
     "PruneAndRestore": ".lossy.prune_and_restore",
     "PruneTokens": ".lossy.prune_tokens",

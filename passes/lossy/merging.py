@@ -54,7 +54,7 @@ class Merging:
         first = not self.sizes
         size = self.ones(at, before) if first else self.sizes[-1][1]
         found = self.call(at, size, features, count, valid_tokens(program, site, before), before, first)
-        self.edit(at, found, first=first).apply()
+        self.edit(at, found.new, found.kept, first=first).apply()
         self.sizes.append((found.new, found.sizes))
 
     def around(self, site: Site, count: int, goals: Sequence[int] = ()) -> None:
@@ -64,7 +64,7 @@ class Merging:
         if valid is not None and goals:
             raise Stopped(site.attention, "its mask hides tokens, which may have no partner of their kind")
         found = self.call(at, self.ones(at, before), at, count, valid, before, goals=goals)
-        edit = self.edit(at, found, frozenset(site.branch.nodes))
+        edit = self.edit(at, found.new, found.kept, frozenset(site.branch.nodes))
         edit.apply()
         edit.restore(found.places)
         self.sizes.append((found.new, found.sizes))
@@ -111,7 +111,44 @@ class Merging:
         front = leading(self.protected)
         return [*range(front), *inner, *(p for p in range(front, length) if p not in inner)]
 
-    def edit(self, at: fx.Node, found: Merged, inside: frozenset[fx.Node] | None = None,
+    def in_groups(self, site: Site, count: int, groups: int, grid: tuple[int, int], goals: Sequence[int]) -> None:
+        """After a site, merge tokens inside groups of neighbours only. Raises Stopped.
+
+        Args:
+            count: tokens to merge away in each group.
+            groups: their number, all of the same size.
+            grid: first place of the groups and the place behind them.
+            goals: places in a group that its tokens may become part of; none as for the operator.
+        """
+        if site.mask is not None:
+            raise Stopped(site.attention, "its mask tells tokens of a frame apart")
+        call, at, before, (first, end) = self.program.call, site.at, site.at.next, grid
+        size = self.sizes[-1][1] if self.sizes else self.ones(at, before)
+        metric = call(aten.mean.dim, site.keys, [1], before=before)
+        ones = call(aten.ones_like.default, size, before=before, dtype=torch.int64)
+        places = call(aten.sub.Tensor, call(aten.cumsum.default, ones, 1, before=before), 1, before=before)
+
+        def grouped(node: fx.Node) -> fx.Node:
+            part = call(aten.slice.Tensor, node, 1, first, end, before=before)
+            return call(aten.reshape.default, part, [-1, (end - first) // groups, *node.meta["val"].shape[2:]],
+                        before=before)  # fmt: skip
+
+        def whole(node: fx.Node, source: fx.Node) -> fx.Node:
+            _, left, *rest = node.meta["val"].shape
+            middle = call(aten.reshape.default, node, [-1, groups * left, *rest], before=before)
+            front = [call(aten.slice.Tensor, source, 1, 0, first, before=before)] if first else []
+            back = [call(aten.slice.Tensor, source, 1, end, WHOLE, before=before)]
+            back = back if back[0].meta["val"].shape[1] else []
+            return call(aten.cat.default, [*front, middle, *back], 1, before=before)
+
+        node = call(ops.merge_tokens(), *map(grouped, (at, size, metric)), count, [], None, goals, before=before)
+        new, sizes, kept = (call(operator.getitem, node, k, before=before) for k in range(3))
+        kept = call(ops.take(), grouped(places), 1, kept, before=before)
+        found, sizes, kept = whole(new, at), whole(sizes, size), whole(kept, places)
+        self.edit(at, found, kept).apply()
+        self.sizes.append((found, sizes))
+
+    def edit(self, at: fx.Node, new: fx.Node, kept: fx.Node, inside: frozenset[fx.Node] | None = None,
              first: bool = True) -> Shortening:  # fmt: skip
         """What lets readers of `at` read merged tokens."""
         tokens, front = self.tokens, leading(self.protected)
@@ -119,7 +156,7 @@ class Merging:
         after = range(front, front + len(inner))
         fixed = {p: p for p in self.protected if p < front} | dict(zip(inner if first else after, after, strict=True))
         self.edits.append(Shortening(self.program, tokens.axes, tokens.axis, tokens.activations, fixed,
-                                     at, found.new, found.kept, inside=inside))  # fmt: skip
+                                     at, new, kept, inside=inside))  # fmt: skip
         return self.edits[-1]
 
     def weigh(self) -> None:

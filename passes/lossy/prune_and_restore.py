@@ -83,7 +83,7 @@ class PruneAndRestore(Pass):
         found = self._groups(edit, at, valid_tokens(program, tokens.sites[start], before), left, before)
         if found is None:
             return Refusal(f"at best so many tokens cannot be merged that {left} are left")
-        shortening = edit.edit(at, found, inside)
+        shortening = edit.edit(at, found.new, found.kept, inside)
         shortening.apply()
         shortening.restore(found.places, residual=True)
         edit.sizes.append((found.new, found.sizes))

@@ -69,6 +69,17 @@ def test_merging_in_half_precision(dtype: torch.dtype, bits: int) -> None:
     check_merge(merging(11, [0, 1]), x, sizes_of(2, 50), metric, bits=bits)
 
 
+def test_merging_beside_tokens_behind_that_stay_alone() -> None:
+    torch.manual_seed(0)
+    check_merge(merging(9, [0, -2, -1]), torch.randn(3, 37, 20), sizes_of(3, 37), torch.randn(3, 37, 8))
+
+
+def test_merging_into_chosen_places_is_left_to_torch() -> None:
+    x, size = torch.randn(2, 8, 4), torch.ones(2, 8)
+    region, _ = region_of(lambda x, size: tuple(ops.merge_tokens()(x, size, x, 2, [], None, [0])), (x, size))
+    assert "chosen places" in str(BACKEND.supports(region, target(256)))
+
+
 def test_duplicates_tie_and_the_first_is_taken() -> None:
     torch.manual_seed(0)
     few = torch.randn(2, 4, 33)
