@@ -292,14 +292,20 @@ def masked(program: Program, mask: fx.Node | None, scores: fx.Node, before: fx.N
     return program.call(aten.add.Tensor, mask, scores, before=before)
 
 
+def may_hide(program: Program, mask: fx.Node | None) -> bool:
+    """Whether a mask may hide a token from another: unless it is a constant that lets everything pass."""
+    known = None if mask is None else Values(program).constant(mask)
+    return mask is not None and (known is None or not bool((known if known.dtype is torch.bool else known == 0).all()))
+
+
 def valid_tokens(program: Program, site: Site, before: fx.Node) -> fx.Node | None:
-    """[batch, tokens] bool: False for tokens that the site's mask hides from everybody; None without such a mask.
+    """[batch, tokens] bool: False for tokens that the site's mask hides from everybody; None where it hides none.
 
     Raises:
         Stopped: the mask is made after the place where this is asked for.
     """
     mask = site.mask
-    if mask is None:
+    if mask is None or not may_hide(program, mask):
         return None
     if not mask < before:
         raise Stopped(site.attention, "its mask is made after the place at which tokens are judged")

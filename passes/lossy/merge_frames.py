@@ -10,7 +10,7 @@ from ..base import Context, Fidelity, Pass, Refusal
 from ..grid import Grid, find_frames
 from ..program import Program
 from ..shorten import Stopped
-from ..tokens import Tokens, find_tokens
+from ..tokens import Tokens, find_tokens, may_hide
 from .merging import Merging
 
 DEFAULT = 0.25
@@ -69,6 +69,9 @@ class MergeFrames(Pass):
         layers = (0, max(1, len(tokens.sites) // 2)) if self.layers is None else self.layers
         if (reason := self._reason_against(tokens, frames, shares, layers)) is not None:
             return Refusal(reason)
+        masked = next((s.attention for s in tokens.sites if may_hide(program, s.mask)), None)
+        if masked is not None:
+            return Refusal.at(masked, "its mask hides tokens, which may have no partner of their kind")
         try:
             return self._merge(Merging(program, tokens, tokens.protected), frames, shares, layers)
         except Stopped as stop:

@@ -112,7 +112,7 @@ class Merging:
         return [*range(front), *inner, *(p for p in range(front, length) if p not in inner)]
 
     def in_groups(self, site: Site, count: int, groups: int, grid: tuple[int, int], goals: Sequence[int]) -> None:
-        """After a site, merge tokens inside groups of neighbours only. Raises Stopped.
+        """After a site whose mask hides nothing, merge tokens inside groups of neighbours only. Raises Stopped.
 
         Args:
             count: tokens to merge away in each group.
@@ -120,8 +120,6 @@ class Merging:
             grid: first place of the groups and the place behind them.
             goals: places in a group that its tokens may become part of; none as for the operator.
         """
-        if site.mask is not None:
-            raise Stopped(site.attention, "its mask tells tokens of a frame apart")
         call, at, before, (first, end) = self.program.call, site.at, site.at.next, grid
         size = self.sizes[-1][1] if self.sizes else self.ones(at, before)
         metric = call(aten.mean.dim, site.keys, [1], before=before)
