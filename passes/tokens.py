@@ -134,10 +134,10 @@ def _around_cut(start: Any, end: Any, length: Any) -> list[int]:
         inside = range(length)[start:end]
         outside = [p for p in range(length) if p not in inside]
         return outside if len(outside) < len(inside) else list(inside)
-    open_end = end is None or end >= WHOLE
-    if start < 0 or (not open_end and end > 0):
-        return list(range(start, 0 if open_end else end))
-    return [*range(start), *range(0 if open_end else end, 0)]
+    last = 0 if end is None or end >= WHOLE else end
+    if start < 0 or last > 0:
+        return list(range(start, last))
+    return [*range(start), *range(last, 0)]
 
 
 def varies(values: Values, node: fx.Node, dim: int) -> bool:

@@ -96,7 +96,6 @@ def test_impossible_numbers_are_refused(r: Any, reason: str) -> None:
 
 @pytest.mark.parametrize(("knobs", "reason"), [
     ({"metric": "luck"}, "cannot be compared"), ({"metric": "keys", "restore": True}, "before attention"),
-    ({"protect": (0, 5)}, "in front"),
 ])  # fmt: skip
 def test_knobs_that_mean_nothing_are_refused(knobs: dict[str, Any], reason: str) -> None:
     outcome = MergeTokens(r=2, **knobs).run(capture(Encoder("plain").eval(), inputs("plain", 1)), CONTEXT)
