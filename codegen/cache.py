@@ -17,7 +17,7 @@ import torch
 
 from .. import targets
 from ..passes.errors import ArtefactError, LatheError, MissingPackageError
-from ..passes.placement import placed
+from ..passes.placement import place_of, placed
 from ..passes.program import Program
 from ..targets.target import Target
 from .base import Backend, Destination, Kernel, Region, Schedule
@@ -251,7 +251,7 @@ def _rebuild(
     specs = decode_structure(structure["in"], inputs=True), decode_structure(structure["out"], inputs=False)
     program = decode_program(json_parts["graph"], weights, *specs)
     host = _target_of(facts)
-    if host.device == "cuda" and is_here(host) and program.device.type == "cpu":
+    if host.device == "cuda" and is_here(host) and place_of(program).type == "cpu":
         program = placed(program, torch.device("cuda", torch.cuda.current_device()))
     foreign = _foreign(facts, host)
     counts = {str(k): int(v) for k, v in plan["counts"].items()}

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from .. import targets
 from ..passes.errors import InputError
+from ..passes.placement import place_of
 from ..passes.program import Program
 from ..targets.target import Target
 from .arena import Arenas, plan, verify, views_of
@@ -49,7 +50,7 @@ class Executable(torch.nn.Module):
         self.program, self.choices, self.report = program, list(choices), report
         self.counts: dict[str, int] = {"eager fallbacks": 0}
         self.__dict__["_model"] = model
-        self.device = program.device
+        self.device = place_of(program)
         self._plain, self.source, self.premade = _assemble(program, self.choices, self.device)
         self._run = Graphs(self._plain, self.counts) if self.device.type == "cuda" else self._plain
         self._leaves = _plain_structure(program)

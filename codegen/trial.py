@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..passes.placement import device_of
 from ..passes.verify import difference
 from ..targets.measure import compare_many, time_calls
 from ..targets.measure_gpu import compare_kernels
@@ -172,11 +173,6 @@ def allocate(kernel: Kernel, values: Sequence[Any]) -> list[torch.Tensor]:
         buffer = on_large_pages(torch.empty(sizes, dtype=d.dtype, device=device))
         buffers.append(buffer if d.order is None else buffer.permute(d.seen()))
     return buffers
-
-
-def device_of(values: Iterable[Any]) -> torch.device:
-    """The device of the first tensor; the CPU if there is none."""
-    return next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
 
 
 def _bound(kernel: Kernel, values: Sequence[Any]) -> Callable[[], Any]:

@@ -16,13 +16,13 @@ from .. import passes as P
 from .. import targets
 from ..codegen.cache import load as load_artefact
 from ..codegen.executable import Executable, threads
-from ..codegen.trial import device_of
 from ..codegen.triton.compile import interpreted, is_here
 from ..codegen.tuner import LEVELS, Tuner
 from ..codegen.versions import versions
 from ..passes.base import Context, Pass
 from ..passes.capture import capture
 from ..passes.errors import InputError, LatheError, UnknownNameError
+from ..passes.placement import device_of
 from ..passes.program import Program
 from ..targets.folder import cache_folder
 from ..targets.measure_gpu import settled
@@ -71,8 +71,7 @@ def optimize(
             on record; ``max`` takes five times as long, and searches schedules for operators without a template.
         budget: seconds of trying candidate kernels, after which the likeliest are taken.
         num_threads: threads of the result, whatever `torch.set_num_threads` says when it is called.
-        aot: compile ahead of time for a GPU that need not be here. Nothing is measured, the likeliest kernels are
-            taken, and the result is there to be saved, and loaded where the GPU is.
+        aot: compile for a GPU that need not be here, without measuring: the result is saved, and loaded where it is.
         progress: called with a short sentence at each step.
 
     Measurements are kept in the cache folder (see `TORCHLATHE_CACHE`): a second call with the same model measures
@@ -84,23 +83,20 @@ def optimize(
         UnknownNameError: no pass or target of that name.
     """
     start, tell = time.perf_counter(), progress or (lambda sentence: None)
-    _check_example(args)
-    chosen, rewrites = _runnable(target, (args, kwargs), aot), _chosen(passes)
+    chosen, rewrites = _runnable(target, _checked(args, kwargs), aot), _chosen(passes)
     tell("capture")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
     original = model if isinstance(model, torch.nn.Module) else None
-    measured = not aot and not (chosen.device == "cuda" and interpreted())
-    tuner = make_tuner(level if measured else "fast", budget)
+    tuner = make_tuner("fast" if aot or (chosen.device == "cuda" and interpreted()) else level, budget)
     with threads(num_threads):
         result = compile_program(program, flat, chosen, rewrites, original=original, data=data, quality=quality,
                                  limit=limit, tuner=tuner, progress=tell, aot=aot)  # fmt: skip
         result.num_threads = num_threads
-    report = result.report
-    report.model = type(model).__name__
+    result.report.model = type(model).__name__
     if original is not None and not program.state and tuner.level != "fast":
         _compare_with_model(result, original, args, kwargs or {}, tuner.records, tell)
-    report.took = time.perf_counter() - start
+    result.report.took = time.perf_counter() - start
     return result
 
 
@@ -211,6 +207,11 @@ def _check_example(args: Any) -> None:
         raise InputError(f"args is a {type(args).__name__}, not a tuple of positional inputs", next_step="pass (x,)")
 
 
+def _checked(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    _check_example(args)
+    return args, kwargs
+
+
 def find_pass(wanted: str | Pass) -> Pass:
     """A pass instance from an instance or a text name. Raises UnknownNameError with near matches."""
     if isinstance(wanted, Pass):
@@ -239,7 +240,7 @@ def _runnable(target: str | Target, example: Any, aot: bool) -> Target:
     if chosen.device == "cuda":
         if not (aot or interpreted() or is_here(chosen)):
             raise LatheError(
-                f"the target {chosen.name} is not in this host, and a rewrite is only kept if it is measured",
+                f"the target {chosen.name} cannot run on this host, and a rewrite is only kept if it is measured",
                 next_step="aot=True (or --aot) compiles ahead of time for it; explain() works for every target",
             )
         return chosen

@@ -12,9 +12,9 @@ from torch import fx
 
 from .. import targets
 from ..codegen.executable import Executable
-from ..codegen.trial import device_of
 from ..passes.capture import capture_graph
 from ..passes.errors import LatheError, UnknownNameError
+from ..passes.placement import device_of
 from ..passes.program import Program
 from ..targets.measure import compare
 from ..targets.measure_gpu import settled

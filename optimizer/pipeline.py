@@ -68,8 +68,7 @@ def run_passes(
 def strongest(rewrite: Pass, program: Program, ctx: Context, judge: Judge) -> Pass:
     """The setting of a lossy pass that gives up most within the quality budget; the pass as it is without a budget.
 
-    Found by bisection over `Pass.space`, which goes from little to much: quality is taken to fall along it.
-    """
+    Found by bisection over `Pass.space`, which goes from little to much: quality is taken to fall along it."""
     if rewrite.fidelity is not Fidelity.LOSSY or ctx.quality is None:
         return rewrite
     settings = list(rewrite.space(program, ctx))

@@ -79,9 +79,9 @@ def find_frames(tokens: Tokens) -> Grid | str:
     if isinstance(grid, str):
         return grid
     outer = grid.axes[0]
-    dims = [d for n in axes.program.inputs for d in axes.of(n)]
+    dims = [d for n in (n for n in axes.graph.nodes if n.op == "placeholder") for d in axes.of(n)]
     whole, cut = (outer,) in dims, any(d[:1] == (outer,) for d in dims) and len(grid.axes) > 2
-    convolutions = [n for n in axes.program.graph.nodes if operator_name(n) in ("conv3d", "convolution")]
+    convolutions = [n for n in axes.graph.nodes if operator_name(n) in ("conv3d", "convolution")]
     depths = [axes.of(n)[2] for n in convolutions if len(axes.of(n)) == 5]
     if whole or cut or (outer,) in depths:
         return grid

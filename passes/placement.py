@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,16 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .program import Program
+
+
+def device_of(values: Iterable[Any]) -> torch.device:
+    """The device of the first tensor; the CPU if there is none."""
+    return next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
+
+
+def place_of(program: Program) -> torch.device:
+    """The device of a program's first input or weight that is a tensor; the CPU if there is none."""
+    return device_of(n.meta.get("val") for n in program.graph.nodes if n.op in ("placeholder", "get_attr"))
 
 
 def placed(program: Program, device: torch.device) -> Program:

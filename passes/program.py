@@ -82,12 +82,6 @@ class Program:
             self._fake = next(modes, None) or FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         return self._fake
 
-    @property
-    def device(self) -> torch.device:
-        """The device of its first tensor, input or weight; the CPU if it has none."""
-        vals = (n.meta.get("val") for n in self.graph.nodes if n.op in ("placeholder", "get_attr"))
-        return next((v.device for v in vals if isinstance(v, torch.Tensor)), torch.device("cpu"))
-
     def fork(self) -> Program:
         """An independent copy of the graph that shares all weights."""
         graph = fx.Graph()

@@ -23,7 +23,8 @@ from ..plans.tail import Tail, plan_tail
 from ..plans.values import FLOATS, Unsupported
 from .code import Code, power_of_two
 from .depthwise import DepthwiseLowering
-from .matmul import MatmulLowering, Product, Template, own_row
+from .matmul import MatmulLowering, Template
+from .product import Product, own_row
 from .taps import corner, inside, tap_lines, tap_offset
 from .writer import Writer
 

@@ -134,14 +134,14 @@ def test_missing_import_in_the_users_code(call, stub, spec):
 
 def test_options_are_passed_on(call, stub):
     result = call("optimize", "nets.py:named", "--target", "x86-64-v3", "--passes", "a, b", "--limit", "2",
-                  "--level", "fast", "--threads", "1",
+                  "--level", "fast", "--threads", "1", "--aot",
                   "--out", "x.lathe", "--html", "x.html", "--json", "x.json")  # fmt: skip
     assert result.exit_code == 0, result.output
     ((_, args, kwargs, rest),) = stub
     assert torch.equal(args[0], torch.ones(3)) and kwargs["by"].tolist() == [2.0] * 3
     progress = rest.pop("progress")
     assert callable(progress)
-    wanted = {"target": "x86-64-v3", "passes": ["a", "b"], "limit": 2, "level": "fast", "num_threads": 1}
+    wanted = {"target": "x86-64-v3", "passes": ["a", "b"], "limit": 2, "level": "fast", "num_threads": 1, "aot": True}
     assert rest == wanted
     assert "capture [now]" in result.output
     assert Path("x.lathe").read_bytes() == b"saved"
