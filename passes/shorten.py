@@ -202,10 +202,10 @@ class Shortening:
         A slice that leaves out fixed elements only, in front and behind, gives a span.
         """
         given = arguments(node)
-        dim, size = given["dim"], given["self"].meta["val"].shape[given["dim"]]
-        span = self.axes.of(given["self"])[dim]
+        dim, span = given["dim"], self.axes.of(given["self"])[given["dim"]]
         if span not in self.spans:  # flattened together with others
             return False
+        size = self.at.meta["val"].shape[1] - sum(self.spans[span])  # before the edit, as the arguments are
         if name == "select":
             place = self._fixed(given["index"], size, span)
             return place is not None and _set(node, dim, place)

@@ -29,7 +29,8 @@ class Placed(Encoder):
 
     ``behind``: class token in front, registers and distillation token behind; ``sep``: the last token of the input;
     ``slice``: the mean of all but the class token and two registers behind; ``plain-slice``: that of all but the first
-    and the last token of the input; ``among``: registers between the patches.
+    and the last token of the input; ``among``: registers between the patches; ``count``: the last token and the mean of
+    all but the first and the last, by places counted from the first; ``far``: two tokens in the middle.
     """
 
     def __init__(self, kind: str) -> None:
@@ -38,7 +39,8 @@ class Placed(Encoder):
 
     def alone(self, tokens: int) -> list[int]:
         return {"behind": [0, *range(tokens - 3, tokens)], "sep": [tokens - 1], "slice": [0, tokens - 2, tokens - 1],
-                "plain-slice": [0, tokens - 1], "among": [0, 11, 12, 13]}[self.kind]  # fmt: skip
+                "plain-slice": [0, tokens - 1], "among": [0, 11, 12, 13], "count": [0, tokens - 1],
+                "far": [2, 33]}[self.kind]  # fmt: skip
 
     def begin(self, x: torch.Tensor) -> torch.Tensor:
         x, b = self.embed(x), x.shape[0]
@@ -60,6 +62,10 @@ class Placed(Encoder):
             return self.head(x[:, -1])
         if self.kind == "among":
             return self.head(x[:, 0] + 2 * x[:, 12] + 3 * x[:, 11:14].amax(1))
+        if self.kind == "count":
+            return self.head(x[:, x.shape[1] - 1] + 2 * x[:, 1 : x.shape[1] - 1].mean(1))
+        if self.kind == "far":
+            return self.head(x[:, 2] + 2 * x[:, 33])
         return self.head((x[:, 1:-2] if self.kind == "slice" else x[:, 1:-1]).mean(1))
 
     def read(self, x: torch.Tensor, size: torch.Tensor, place: Mapping[int, int], tokens: int) -> torch.Tensor:
@@ -72,11 +78,14 @@ class Placed(Encoder):
             return self.head(first)
         if self.kind == "among":
             return self.head(first + 2 * rest[1] + 3 * torch.stack(rest).amax(0))
+        if self.kind == "far":
+            return self.head(first + 2 * rest[0])
         others = [k for k in range(len(x)) if k not in place.values()]
-        return self.head((x[others] * size[others, None]).sum(0) / size[others].sum())
+        mean = (x[others] * size[others, None]).sum(0) / size[others].sum()
+        return self.head(rest[0] + 2 * mean if self.kind == "count" else mean)
 
 
-KINDS = ["behind", "sep", "slice", "plain-slice", "among"]
+KINDS = ["behind", "sep", "slice", "plain-slice", "among", "count", "far"]
 
 
 def program_of(model: nn.Module, args: tuple[torch.Tensor, ...], rewrite: Pass, **how: Any) -> Program:
@@ -192,7 +201,7 @@ def test_keeping_every_token_by_its_index_changes_no_bit(kind: str) -> None:
     model, x = Placed(kind).eval(), torch.randn(2, PATCHES, 12)
     tokens = model.begin(x).shape[1]
     keep = PruneTokens(keep=tokens - len(model.alone(tokens)), layers=(1,), score="received")
-    if kind == "among":  # the order is kept, and with it the places would differ from sample to sample
+    if kind in ("among", "far"):  # the order is kept, and with it the places would differ from sample to sample
         outcome = keep.run(capture(model, (x,)), CONTEXT)
         assert isinstance(outcome, Refusal) and "along the axis" in str(outcome)
     else:
