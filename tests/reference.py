@@ -23,6 +23,9 @@ def region_of(function: Callable[..., Any], args: tuple[torch.Tensor, ...], dyna
     shapes = None if dynamic is None else {"args": tuple(dynamic)}
     exported = torch.export.export(Wrapped(function), args, dynamic_shapes=shapes).run_decompositions({})
     graph = exported.graph
+    for node in list(graph.nodes):
+        if "_assert_tensor_metadata" in str(node.target):
+            graph.erase_node(node)
     return Region.of(n for n in graph.nodes if n.op == "call_function" and "sym_size" not in str(n.target)), graph
 
 

@@ -111,12 +111,13 @@ class Builder:
         return self._make("load", (), (self.region.inputs.index(node), coords), kind, vary, 0, 1)
 
     def gather(self, node: fx.Node, dim: int, index: Value, coords: tuple[Coordinate, ...]) -> Value:
-        """An element of a region input whose index along `dim` is a value that is the same in the whole row."""
-        if node not in self.region.inputs or index.vary or index.stage:
+        """An element of a region input whose index along `dim` is a value: on CPUs one that a whole row shares."""
+        if node not in self.region.inputs or (index.vary and self.device == "cpu") or index.stage:
             raise Unsupported(f"{node.name} is looked up by more than one index per row")
         coords = (*coords[:dim], None, *coords[dim + 1 :])
         where = self.region.inputs.index(node), coords, dim
-        return self._make("gather", (index,), where, KINDS[node.meta["val"].dtype], _varies(coords), 0, 1)
+        vary = index.vary or _varies(coords)
+        return self._make("gather", (index,), where, KINDS[node.meta["val"].dtype], vary, 0, 1)
 
     def pick(self, parts: Sequence[Value], at: Coordinate, bounds: tuple[int, ...]) -> Value:
         """Part k in the rows whose index along the dimension of `at` is bounds[k] or more."""

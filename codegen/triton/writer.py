@@ -158,11 +158,12 @@ class Writer:
         where, by_row, by_column = self.offset(access, place)
         inside = None
         if v.op == "gather":
-            dim, index = v.attr[2], self.value(v.args[0], place)
+            dim, index, vary = v.attr[2], self.value(v.args[0], place), v.args[0].vary
             table = self.tensors[access.buffer]
-            index = self.let(f"{index}.to(tl.int64)", False)
-            inside = self.let(f"({index} >= 0) & ({index} < {self.sizes.text(table.shape[dim])})", False)
+            index = self.let(f"{index}.to(tl.int64)", vary)
+            inside = self.let(f"({index} >= 0) & ({index} < {self.sizes.text(table.shape[dim])})", vary)
             where, by_row = f"{index} * {self.sizes.text(table.stride(dim))} + {where}", True
+            by_column = by_column or vary
         masks = [place.rows, *place.row_guards, inside] if by_row else []
         masks += [place.columns, *place.column_guards] if by_column else []
         text = load(f"t{access.buffer} + {where}", [m for m in masks if m], self.tensors[access.buffer].dtype)

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from lowered import FLOATS, LAYOUTS, alone, laid_out
-from reference import compare
+from lowered import FLOATS, LAYOUTS, alone, close, laid_out
 
 from torchlathe import targets
 from torchlathe.codegen.trial import run_kernel
@@ -40,14 +39,14 @@ def check_merge(function: Callable[..., Any], *args: torch.Tensor, most: int = 9
     for tokens, sizes, places, where in run(function, *args, most=most):
         assert torch.equal(places, wanted[2]) and torch.equal(where, wanted[3])
         assert torch.equal(sizes.nan_to_num(-1), wanted[1].nan_to_num(-1))
-        compare(tokens, wanted[0], exact)
+        close(tokens, wanted[0], exact)
 
 
 def sizes_of(batch: int, tokens: int) -> torch.Tensor:
     return torch.randint(1, 5, (batch, tokens)).float()
 
 
-@settings(deadline=None, max_examples=20, derandomize=True)
+@settings(deadline=None, max_examples=20, derandomize=True, phases=[Phase.generate])
 @given(st.data())
 def test_any_merge(data: st.DataObject) -> None:
     tokens, batch = data.draw(st.integers(2, 40)), data.draw(st.integers(1, 3))
@@ -133,7 +132,7 @@ def test_results_that_nobody_reads() -> None:
         assert torch.allclose(found[0][0], merging(3, [0])(x, torch.ones(2, 10), metric)[k])
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=25, derandomize=True, phases=[Phase.generate])
 @given(st.data())
 def test_any_choice(data: st.DataObject) -> None:
     tokens, batch = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 3))
