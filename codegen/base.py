@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ..passes.program import Program
 from ..passes.text import describe, stable_text
 from ..targets.target import Target
+from .symbols import python_text
 
-Extent = int | tuple[int, int]  # a static size, or (position of a region input, its dimension)
+# a static size; (position of a region input, its dimension); or (operator, extent, ...) as `symbols` names operators
+Extent = int | tuple[Any, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +50,20 @@ class Region:
         return cls(tuple(ordered), tuple(inputs), tuple(outputs))
 
     def text(self) -> str:
-        """A print that is equal for regions that compute the same function on the same shapes and layouts."""
+        """A print that is equal for regions that compute the same function on the same shapes and layouts.
+
+        Symbolic sizes are named in the order in which they occur.
+        """
         names = {node: f"in{i}" for i, node in enumerate(self.inputs)}
         head = [f"{names[node]} : {describe(node, strides=True)}" for node in self.inputs]
         body = stable_text(self.nodes, names, strides=True)
-        return "\n".join([*head, *body, "return " + ", ".join(names[node] for node in self.outputs)])
+        text = "\n".join([*head, *body, "return " + ", ".join(names[node] for node in self.outputs)])
+        renamed, symbols = dict[str, str](), "|".join(sorted(_symbols((*self.inputs, *self.nodes))))
+        return (
+            re.sub(rf"\b({symbols})\b", lambda m: renamed.setdefault(m[0], f"d{len(renamed)}"), text)
+            if symbols
+            else text
+        )
 
     def key(self, program: Program | None) -> str:
         """`digest()` and which inputs are constant weights: what generated code depends on besides the target."""
@@ -60,6 +73,15 @@ class Region:
     def digest(self) -> str:
         """Content hash of `text()`: the key under which kernels and measurements are stored."""
         return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def _symbols(nodes: Iterable[fx.Node]) -> set[str]:
+    """Names of the symbols in sizes and strides."""
+    found = set[str]()
+    for value in pytree.tree_leaves([n.meta.get("val") for n in nodes]):
+        sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+        found |= {s.name for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,6 +121,11 @@ class Destination:
     def stored(self) -> tuple[Extent, ...]:
         """Sizes in the order in which the dimensions lie in memory."""
         return self.shape if self.order is None else tuple(self.shape[d] for d in self.order)
+
+    def text(self, inputs: Sequence[str]) -> str:
+        """Python text of the stored sizes, for region inputs of these names."""
+        texts = [python_text(e, lambda place: f"{inputs[place[0]]}.shape[{place[1]}]") for e in self.stored()]  # type: ignore[arg-type]
+        return f"({', '.join(texts)},)" if texts else "()"
 
     def seen(self) -> tuple[int, ...]:
         """Permutation that turns the stored dimensions into the buffer's own."""

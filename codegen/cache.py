@@ -20,7 +20,7 @@ from ..passes.errors import ArtefactError, LatheError, MissingPackageError
 from ..passes.placement import place_of, placed
 from ..passes.program import Program
 from ..targets.target import Target
-from .base import Backend, Destination, Kernel, Region, Schedule
+from .base import Backend, Destination, Extent, Kernel, Region, Schedule
 from .container import AGAIN, Part, read_container, read_json, write_atomically
 from .eager import EagerBackend
 from .executable import Executable
@@ -30,6 +30,7 @@ from .save import NO_KERNEL
 from .select import Choice
 from .store import library_file
 from .structure import decode_structure
+from .symbols import DEPTH
 from .triton.compile import is_here
 from .versions import versions
 from .weights import decode_tensors
@@ -215,16 +216,29 @@ def _first_line(error: BaseException) -> str:
 
 
 def _destination(stored: Json, region: Region) -> Destination:
-    shape: list[int | tuple[int, int]] = []
-    for extent in stored[0]:
-        position, dim = extent if isinstance(extent, list) else (0, extent)
-        if type(position) is not int or type(dim) is not int or dim < 0 or not 0 <= position < len(region.inputs):
-            raise ValueError(f"{str(extent)[:80]} is not a size")
-        shape.append((position, dim) if isinstance(extent, list) else dim)
+    shape = tuple(_extent(e, region) for e in stored[0])
+    if any(isinstance(e, int) and e < 0 for e in shape):
+        raise ValueError(f"{str(stored[0])[:80]} is no shape")
     order = stored[2]
     if order is not None and sorted(order) != list(range(len(shape))):
         raise ValueError(f"{str(order)[:80]} is not an order of dimensions")
-    return Destination(tuple(shape), DTYPES[stored[1]], None if order is None else tuple(order))
+    made = Destination(shape, DTYPES[stored[1]], None if order is None else tuple(order))
+    made.text([""] * len(region.inputs))  # raises for an operator that is not in the table
+    return made
+
+
+def _extent(stored: Json, region: Region, depth: int = 0) -> Extent:
+    """A stored size; its text becomes part of a program, so only numbers, places and names of operators may pass."""
+    if type(stored) is int:
+        return stored
+    if not isinstance(stored, list) or not stored or depth > DEPTH:
+        raise ValueError(f"{str(stored)[:80]} is not a size")
+    if isinstance(stored[0], str):
+        return (stored[0], *(_extent(e, region, depth + 1) for e in stored[1:]))
+    position, dim = stored
+    if type(position) is not int or type(dim) is not int or dim < 0 or not 0 <= position < len(region.inputs):
+        raise ValueError(f"{str(stored)[:80]} is not a size")
+    return position, dim
 
 
 def _aligned() -> Any:

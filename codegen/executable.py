@@ -315,10 +315,7 @@ def _emit_buffers(source: Source, fresh: Sequence[tuple[str, Destination]], inpu
     """Allocate the results that are not in the arena."""
     empty = source.bind(torch.empty, "empty")
     for name, destination in fresh:
-        extents = [
-            str(e) if isinstance(e, int) else f"{names[inputs[e[0]]]}.shape[{e[1]}]" for e in destination.stored()
-        ]
-        shape = f"({', '.join(extents)},)" if extents else "()"
+        shape = destination.text([names[n] for n in inputs])
         dtype, place = source.bind(destination.dtype, "dtype"), source.bind(device, "device")
         turned = "" if destination.order is None else f".permute({destination.seen()})"
         made = f"{empty}({shape}, dtype={dtype}, device={place})"

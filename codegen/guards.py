@@ -110,7 +110,7 @@ def _size_conditions(
             checks += [f"{bound[symbol]} <= {high}"] if high is not None else []
     for relation in relations(program.fake.shape_env):
         if {s.name for s in relation.free_symbols} <= bound.keys():
-            checks.append(python_text(encode(relation), bound))
+            checks.append(python_text(encode(relation), bound.__getitem__))
     return checks
 
 
@@ -129,7 +129,7 @@ def _size_text(size: Any, bound: dict[str, str]) -> str:
     if isinstance(size, int):
         return str(size)
     try:
-        return python_text(encode(expression_of(size)), bound)
+        return python_text(encode(expression_of(size)), bound.__getitem__)
     except (KeyError, ValueError) as error:
         raise InputError(f"the size {size} cannot be computed from the inputs") from error
 

@@ -103,7 +103,7 @@ def _encode_plan(program: Program, choices: Sequence[Choice]) -> tuple[Json, lis
 
 
 def _encode_destination(destination: Destination) -> Json:
-    shape = [e if isinstance(e, int) else list(e) for e in destination.shape]
+    shape = list(destination.shape)  # JSON makes lists of the tuples in it
     order = None if destination.order is None else list(destination.order)
     return [shape, str(destination.dtype).removeprefix("torch."), order]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -70,18 +70,18 @@ def decode(stored: Any, symbols: Mapping[str, sympy.Symbol], depth: int = 0) -> 
     return OPERATORS[name](*operands)
 
 
-def python_text(stored: Expression, names: Mapping[str, str]) -> str:
-    """Python text of an expression with symbols under the given names; KeyError for a symbol without one.
+def python_text(stored: Expression, text_of: Callable[[Any], str]) -> str:
+    """Python text of an expression; `text_of` gives that of a symbol (a name), or of a place (a pair of integers).
 
     Raises:
         ValueError: an operator that guards do not compute.
     """
     if isinstance(stored, int):
         return str(stored)
-    if isinstance(stored, str):
-        return names[stored]
+    if isinstance(stored, str) or isinstance(stored[0], int):
+        return text_of(stored)
     name, *rest = stored
-    operands = [python_text(r, names) for r in rest]
+    operands = [python_text(r, text_of) for r in rest]
     if name in _INFIX:
         return "(" + f" {_INFIX[name]} ".join(operands) + ")"
     if name in ("Max", "Min"):
@@ -91,6 +91,13 @@ def python_text(stored: Expression, names: Mapping[str, str]) -> str:
     if name in ("Pow", "PowByNatural") and isinstance(rest[1], int) and rest[1] >= 0:
         return f"({operands[0]} ** {rest[1]})"
     raise ValueError(f"guards cannot compute {name}")
+
+
+def placed(stored: Expression, places: Mapping[str, int | tuple[Any, ...]]) -> Any:
+    """An expression in tuples, with a place (or an expression of places) for every symbol; KeyError without one."""
+    if isinstance(stored, list):
+        return (stored[0], *(placed(r, places) for r in stored[1:]))
+    return places[stored] if isinstance(stored, str) else stored
 
 
 def relations(environment: ShapeEnv | None) -> list[sympy.Basic]:

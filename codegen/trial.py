@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from ..passes.verify import difference
 from ..targets.measure import compare_many, time_calls
 from ..targets.measure_gpu import compare_kernels
 from ..targets.target import Target
-from .base import Backend, Kernel, Region, Schedule
+from .base import Backend, Destination, Kernel, Region, Schedule
 from .eager import EagerBackend
 from .graph_json import decode_value, encode_value
 from .pages import on_large_pages
@@ -169,10 +170,16 @@ def allocate(kernel: Kernel, values: Sequence[Any]) -> list[torch.Tensor]:
     assert kernel.destinations is not None
     buffers, device = [], device_of(values)
     for d in kernel.destinations:
-        sizes = [e if isinstance(e, int) else values[e[0]].shape[e[1]] for e in d.stored()]
-        buffer = on_large_pages(torch.empty(sizes, dtype=d.dtype, device=device))
+        buffer = on_large_pages(torch.empty(_sizes(d, len(values))(values), dtype=d.dtype, device=device))
         buffers.append(buffer if d.order is None else buffer.permute(d.seen()))
     return buffers
+
+
+@functools.cache
+def _sizes(destination: Destination, inputs: int) -> Callable[[Sequence[Any]], tuple[int, ...]]:
+    """The stored sizes as a function of the inputs."""
+    text = destination.text([f"values[{k}]" for k in range(inputs)])
+    return eval(f"lambda values: {text}")  # type: ignore[no-any-return]
 
 
 def _bound(kernel: Kernel, values: Sequence[Any]) -> Callable[[], Any]:

@@ -5,10 +5,13 @@ Bipartite soft matching follows Bolya et al., "Token Merging: Your ViT But Faste
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
+from torch.utils._sympy.value_ranges import ValueRanges
 
 TAKE = "take(Tensor input, int dim, Tensor index) -> Tensor"
 MERGE = (
@@ -33,6 +36,25 @@ def take_shape(input: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tens
     shape = [index.shape[0], *input.shape[1:]]
     shape[dim] = index.shape[1]
     return input.new_empty(shape)
+
+
+def own_size(size: Any) -> Any:
+    """A symbol for a size that an operator computes: the same computation gets the same symbol.
+
+    Spelled out, a number of tokens names the one before it three times: twelve merges in a row would print as half a
+    million terms. Numbers, symbols, and sizes without an example stay as they are. Adds no guard.
+    """
+    if not isinstance(size, torch.SymInt) or size.node.expr.is_Symbol or not size.node.has_hint():
+        return size
+    formula, env = size.node.expr, size.node.shape_env
+    digest = int(hashlib.sha256(str(formula).encode()).hexdigest(), 16)
+    symbol = sympy.Symbol(f"s{digest % 10**9}", integer=True, positive=True)
+    if symbol not in env.var_to_range:
+        # as tracing does with inputs: at least 2, so that nothing takes it for the size of a broadcast dimension
+        limits = env.bound_sympy(formula)
+        env.var_to_range[symbol] = ValueRanges(2, sympy.Max(2, limits.upper))
+        env.backed_var_to_val[symbol] = sympy.Max(2, size.node.hint)
+    return env.create_symintnode(symbol, hint=None)
 
 
 def merged(tokens: Any, count: Any, protected: Sequence[int], padded: bool, goals: Sequence[int] = ()) -> Any:
@@ -126,7 +148,7 @@ def merge_shapes(input: torch.Tensor, size: torch.Tensor, metric: torch.Tensor, 
                  goals: Sequence[int] = ()) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """The shapes of `merge_tokens`."""
     batch, tokens, features = input.shape
-    left = tokens - merged(tokens, count, protected, valid is not None, goals)
+    left = own_size(tokens - merged(tokens, count, protected, valid is not None, goals))
     kept, places = (input.new_empty(batch, n, dtype=torch.int64) for n in (left, tokens))
     return input.new_empty(batch, left, features), size.new_empty(batch, left), kept, places
 
@@ -156,4 +178,5 @@ def best_tokens(score: torch.Tensor, count: int, protected: Sequence[int], divis
 
 def best_shape(score: torch.Tensor, count: int, protected: Sequence[int], divisor: int = 0) -> torch.Tensor:
     """The shape of `best_tokens`."""
-    return score.new_empty(score.shape[0], chosen(score.shape[1], count, protected, divisor), dtype=torch.int64)
+    places = own_size(chosen(score.shape[1], count, protected, divisor))
+    return score.new_empty(score.shape[0], places, dtype=torch.int64)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from ..base import Region
+from ...passes import token_ops
+from ..base import Extent, Region
 from .layout import Access, contiguous, expression
+from .regions import computed
 from .rules import name_of
 from .values import KINDS, Unsupported, bound, dense
 
@@ -27,20 +30,23 @@ class Best:
         batch: number of samples.
         tokens: number of scores.
         chosen: number of results.
-        protected: places that are always chosen.
+        protected: places that are always chosen; those below zero are counted from the last token.
+        made: the number of results as an extent, if it is symbolic.
     """
 
     tensors: list[torch.Tensor]
     score: Access
     batch: sympy.Expr
-    tokens: int
-    chosen: int
+    tokens: sympy.Expr
+    chosen: sympy.Expr
     protected: tuple[int, ...]
+    made: dict[sympy.Expr, Extent] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
-        """Comparisons of one call, 0 if the batch is symbolic."""
-        return int(self.batch) * self.tokens * self.tokens if self.batch.is_Integer else 0
+        """Comparisons of one call, 0 if sizes are symbolic."""
+        count = self.batch * self.tokens * self.tokens
+        return int(count) if count.is_Integer else 0
 
 
 @dataclass
@@ -58,6 +64,7 @@ class Merge:
         features: of a token.
         compared: features of the metric.
         protected: places of tokens that stay alone.
+        made: the number of tokens after as an extent, if it is symbolic.
     """
 
     tensors: list[torch.Tensor]
@@ -67,28 +74,28 @@ class Merge:
     valid: Access | None
     outputs: tuple[int | None, ...]
     batch: sympy.Expr
-    tokens: int
-    left: int
+    tokens: sympy.Expr
+    left: sympy.Expr
     features: int
     compared: int
     protected: tuple[int, ...]
+    made: dict[sympy.Expr, Extent] = field(default_factory=dict)
 
     @property
-    def even(self) -> int:
+    def even(self) -> sympy.Expr:
         """Tokens at even places."""
         return (self.tokens + 1) // 2
 
     @property
-    def odd(self) -> int:
+    def odd(self) -> sympy.Expr:
         """Tokens at odd places."""
         return self.tokens // 2
 
     @property
     def flops(self) -> int:
-        """Floating point operations of one call, 0 if the batch is symbolic."""
-        if not self.batch.is_Integer:
-            return 0
-        return 2 * int(self.batch) * (self.even * self.odd * self.compared + self.tokens * self.features)
+        """Floating point operations of one call, 0 if sizes are symbolic."""
+        count = 2 * self.batch * (self.even * self.odd * self.compared + self.tokens * self.features)
+        return int(count) if count.is_Integer else 0
 
 
 def claims(region: Region) -> bool:
@@ -103,9 +110,10 @@ def plan(region: Region) -> Best | Merge:
         if rest:
             raise Unsupported("a choice of tokens together with other operators")
         return _best(region, root)
-    if name_of(root) != "merge_tokens" or root in region.outputs:
+    parts = [n for n in rest if n.target is operator.getitem and n.args[0] is root]
+    if name_of(root) != "merge_tokens" or root in region.outputs or len(parts) < len(rest):
         raise Unsupported("a merge of tokens together with other operators")
-    return _merge(region, root, {n: n.args[1] for n in rest})
+    return _merge(region, root, {n: n.args[1] for n in parts})
 
 
 def _walk(region: Region, node: fx.Node, kind: str = "float32") -> Access:
@@ -114,11 +122,6 @@ def _walk(region: Region, node: fx.Node, kind: str = "float32") -> Access:
     if node not in region.inputs or KINDS.get(value.dtype) != kind:
         raise Unsupported(f"{node.name} is computed here, or of {value.dtype}")
     return Access(region.inputs.index(node), [expression(s) for s in value.stride()], sympy.Integer(0))
-
-
-def _static(*sizes: Any) -> None:
-    if not all(isinstance(s, int) and s > 0 for s in sizes):
-        raise Unsupported("a number of tokens or features that is known at run time only")
 
 
 def _outputs(region: Region) -> list[torch.Tensor]:
@@ -130,27 +133,33 @@ def _outputs(region: Region) -> list[torch.Tensor]:
 
 def _best(region: Region, root: fx.Node) -> Best:
     given = bound(root)
-    (batch, tokens), chosen = given["score"].meta["val"].shape, root.meta["val"].shape[1]
-    _static(tokens, chosen)
+    (batch, tokens), chosen = given["score"].meta["val"].shape, expression(root.meta["val"].shape[1])
     tensors = [*(n.meta["val"] for n in region.inputs), *_outputs(region)]
-    protected = tuple(sorted({p % tokens for p in given["protected"]}))
-    return Best(tensors, _walk(region, given["score"]), expression(batch), tokens, chosen, protected)
+    made = computed(region, given["score"], chosen, lambda n: token_ops.chosen(
+        n, given["count"], given["protected"], given["divisor"]))  # fmt: skip
+    protected = tuple(sorted({*given["protected"]}))
+    return Best(tensors, _walk(region, given["score"]), expression(batch), expression(tokens), chosen, protected, made)
 
 
 def _merge(region: Region, root: fx.Node, parts: dict[fx.Node, Any]) -> Merge:
     given, outputs = bound(root), region.outputs
     (batch, tokens, features), compared = given["input"].meta["val"].shape, given["metric"].meta["val"].shape[2]
-    left = root.meta["val"][0].shape[1]
-    _static(tokens, features, compared, left)
-    if tokens < 2 or any(not isinstance(p, int) for p in parts.values()) or len({*parts.values()}) < len(parts):
-        raise Unsupported("a merge of less than two tokens, or with results taken twice")
+    left = expression(root.meta["val"][0].shape[1])
+    if not isinstance(features, int) or not isinstance(compared, int):
+        raise Unsupported("a number of features that is known at run time only")
+    if any(not isinstance(p, int) for p in parts.values()) or len({*parts.values()}) < len(parts):
+        raise Unsupported("a merge with results taken twice")
     if given["goals"]:
         raise Unsupported("a merge into chosen places")
     position = {parts[n]: len(region.inputs) + k for k, n in enumerate(outputs)}
+    if not left.is_Integer and position.keys() <= {3}:
+        raise Unsupported("a merge of which only the places are read")  # kernels have the size from the others
     valid = None if given["valid"] is None else _walk(region, given["valid"], "bool")
     tensors = [*(n.meta["val"] for n in region.inputs), *_outputs(region)]
+    made = computed(region, given["input"], left, lambda n: n - token_ops.merged(
+        n, given["count"], given["protected"], valid is not None))  # fmt: skip
     return Merge(
         tensors, _walk(region, given["input"]), _walk(region, given["size"]), _walk(region, given["metric"]), valid,
-        tuple(map(position.get, range(4))), expression(batch), tokens, left, features, compared,
-        tuple(sorted({p % tokens for p in given["protected"]})),
+        tuple(map(position.get, range(4))), expression(batch), expression(tokens), left, features, compared,
+        tuple(sorted({*given["protected"]})), made,
     )  # fmt: skip

@@ -16,9 +16,10 @@ from torch import fx
 from ...passes.errors import LowerError
 from ...passes.program import Program
 from ...targets.target import Target, fingerprint
-from ..base import Destination, Extent, Kernel, Region, Schedule
+from ..base import Kernel, Region, Schedule
 from ..container import write_atomically
 from ..plans.conv import pads
+from ..plans.regions import destinations
 from ..plans.rules import name_of
 from ..plans.values import Unsupported, devices
 from .attention import AttentionFamily
@@ -125,8 +126,7 @@ class TritonBackend:
             return "tensors on several devices"
         try:
             plan = self._plan(region, target)
-            for node in region.outputs:
-                _destination(node, region, None)
+            destinations(region, plan)
             if next(iter(plan.space(target)), None) is None:
                 return "no schedule that is worth a kernel"
         except Unsupported as reason:
@@ -145,12 +145,12 @@ class TritonBackend:
         try:
             plan = self._plan(region, target)
             code, binaries = self._begun(plan, name, region, target, schedule).result()
-            destinations = tuple(_destination(node, region, plan.order) for node in region.outputs)
+            buffers = destinations(region, plan)
             constants = plan.constants(schedule, target)
         except Unsupported as reason:
             raise LowerError(str(reason), node=region.nodes[0].name, by=self.name) from reason
         return Kernel(
-            name, self.name, runner(code, binaries, target), destinations, constants=constants,
+            name, self.name, runner(code, binaries, target), buffers, constants=constants,
             source=code.text, schedule=schedule,
             flops=plan.flops, outputs=len(region.outputs), bytes=sum(_bytes(t) for t in plan.tensors),
             asm=_asm(binaries), spills=max((b.spills for b in binaries if b), default=0),
@@ -212,19 +212,3 @@ def _short(node: fx.Node) -> str:
 def _bytes(tensor: torch.Tensor) -> int:
     sizes = [s for s in tensor.shape if isinstance(s, int)]
     return tensor.element_size() * int(torch.Size(sizes).numel()) if len(sizes) == tensor.dim() else 0
-
-
-def _destination(node: fx.Node, region: Region, order: tuple[int, ...] | None) -> Destination:
-    """Where an output goes; symbolic sizes are looked up in an input's shape at each call."""
-    shape: list[Extent] = []
-    for size in node.meta["val"].shape:
-        if isinstance(size, int):
-            shape.append(size)
-            continue
-        places = ((k, d) for k, n in enumerate(region.inputs) for d, s in enumerate(n.meta["val"].shape)
-                  if str(s) == str(size))  # fmt: skip
-        found = next(places, None)
-        if found is None:
-            raise Unsupported(f"the size {size} of {node.name} is not the size of an input")
-        shape.append(found)
-    return Destination(tuple(shape), node.meta["val"].dtype, order)

@@ -63,7 +63,7 @@ class Code:
     def evaluator(self, expressions: Sequence[sympy.Expr]) -> Callable[..., tuple[int, ...]]:
         """A function from the sizes to the values of expressions of them."""
         names = dict(zip(self.symbols, (f"s{k}" for k in range(len(self.symbols))), strict=True))
-        body = ", ".join(python_text(encode(e), names) for e in expressions)
+        body = ", ".join(python_text(encode(e), names.__getitem__) for e in expressions)
         made: Callable[..., tuple[int, ...]] = eval(f"lambda {', '.join(names.values())}: ({body},)", {})
         return made
 
@@ -82,7 +82,7 @@ class Sizes:
         for symbol in sorted(expr.free_symbols, key=str):
             self._bind(symbol)
         try:
-            return python_text(encode(expr), self.names)
+            return python_text(encode(expr), self.names.__getitem__)
         except ValueError as error:
             raise Unsupported(str(error)) from error
 
@@ -123,9 +123,9 @@ def is_wide(tensors: Sequence[torch.Tensor]) -> bool:
     return False
 
 
-def power_of_two(least: int) -> int:
+def power_of_two(least: int | sympy.Integer) -> int:
     """The smallest power of two that is not less."""
-    return 1 << max(0, least - 1).bit_length()
+    return 1 << max(0, int(least) - 1).bit_length()
 
 
 def module(functions: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from, the scores of one sample, is in its registers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 import torch
@@ -46,8 +46,11 @@ class TokenFamily:
     def plan(self, region: Region, program: Program | None, target: Target) -> BestLowering | MergeLowering:
         """Raises Unsupported with the reason."""
         found = tokens.plan(region)
+        if found.made or not found.tokens.is_Integer:
+            raise Unsupported("a number of tokens that is known at run time only")
         if (found.tokens if isinstance(found, Best) else found.even) > MOST:
             raise Unsupported("more tokens than one program can choose from")
+        found = replace(found, protected=tuple(sorted({p % int(found.tokens) for p in found.protected})))
         if isinstance(found, Best):
             return BestLowering(found)
         if found.left == found.tokens:
@@ -73,7 +76,7 @@ class _Lowering:
 
     @property
     def flops(self) -> int:
-        """Operations of one call, 0 if the batch is symbolic."""
+        """Operations of one call, 0 if sizes are symbolic."""
         return self.plan.flops
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:

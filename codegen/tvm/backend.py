@@ -14,9 +14,9 @@ from torch import fx
 from ...passes.errors import LowerError
 from ...passes.program import Program
 from ...targets.target import Target, fingerprint
-from ..base import Destination, Extent, Kernel, Region, Schedule
+from ..base import Kernel, Region, Schedule
 from ..plans.conv import pads
-from ..plans.layout import expression
+from ..plans.regions import destinations
 from ..plans.values import Unsupported, devices
 from . import build
 from .attention_family import AttentionFamily
@@ -29,7 +29,10 @@ LARGEST = 48  # operators of one kernel: planning and compiling take more than l
 
 
 class Lowering(Protocol):
-    """A region that a family has planned."""
+    """A region that a family has planned.
+
+    One whose results have sizes that follow from no size of an input alone has, besides, `made`: these as extents.
+    """
 
     @property
     def flops(self) -> int:
@@ -111,9 +114,7 @@ class TvmBackend:
         if len(region.nodes) > LARGEST:
             return f"more than {LARGEST} operators"
         try:
-            self._plan(region, target)
-            for node in region.outputs:
-                _destination(node, region, None)
+            destinations(region, self._plan(region, target))
         except Unsupported as reason:
             return str(reason)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError) as error:
@@ -134,13 +135,13 @@ class TvmBackend:
                 func = plan.function(name, schedule, target)
                 module = build.compile_function(func, build.host(target))
                 self._compiled[key] = module, build.entry(module, name), func.script()
-            destinations = tuple(_destination(node, region, plan.order) for node in region.outputs)
+            buffers = destinations(region, plan)
             constants = plan.constants(schedule, target)
         except Unsupported as reason:
             raise LowerError(str(reason), node=region.nodes[0].name, by=self.name) from reason
         module, entry, source = self._compiled[key]
         return Kernel(
-            name, self.name, entry, destinations, constants=constants, source=source,
+            name, self.name, entry, buffers, constants=constants, source=source,
             library=module.export_library, schedule=schedule, flops=plan.flops, outputs=len(region.outputs),
             bytes=sum(_bytes(t) for t in plan.tensors),
         )  # fmt: skip
@@ -173,22 +174,7 @@ class TvmBackend:
 
 
 def _short(node: fx.Node) -> str:
-    return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
-
-
-def _destination(node: fx.Node, region: Region, order: tuple[int, ...] | None) -> Destination:
-    shape: list[Extent] = []
-    for size in node.meta["val"].shape:
-        shape.append(size if isinstance(size, int) else _find(size, region))
-    return Destination(tuple(shape), node.meta["val"].dtype, order)
-
-
-def _find(size: torch.SymInt, region: Region) -> tuple[int, int]:
-    for position, source in enumerate(region.inputs):
-        for dim, found in enumerate(source.meta["val"].shape):
-            if expression(found) == expression(size):
-                return position, dim
-    raise Unsupported(f"the size {size} is not the size of an input")
+    return str(node.target).split(".")[1] if "." in str(node.target) else getattr(node.target, "__name__", "")
 
 
 def _bytes(tensor: torch.Tensor) -> int:

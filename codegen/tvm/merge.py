@@ -37,6 +37,29 @@ def function(merge: Merge, name: str, lanes: int, threaded: bool) -> Any:
 
 
 @dataclass
+class _Counts:
+    """Int64 expressions: samples, tokens before and after, those at even and at odd places, tiles of odd ones, and
+    elements from one of their features to the next: no power of two, which would share cache sets."""
+
+    batch: Any
+    tokens: Any
+    left: Any
+    even: Any
+    odd: Any
+    blocks: Any
+    pitch: Any
+
+    @classmethod
+    def of(cls, merge: Merge, sizes: Sizes, b: Block) -> _Counts:
+        """Computed in `b`."""
+        batch, tokens, left = (b.let(sizes.tir(n)) for n in (merge.batch, merge.tokens, merge.left))
+        even = b.let(tirx.floordiv(tokens + integer(1), integer(2)))
+        odd = b.let(tirx.floordiv(tokens, integer(2)))
+        blocks = b.let(tirx.floordiv(odd + integer(WIDE * VECTORS - 1), integer(WIDE * VECTORS)))
+        return cls(batch, tokens, left, even, odd, blocks, b.let(blocks * integer(WIDE * VECTORS) + integer(WIDE)))
+
+
+@dataclass
 class _Emitter:
     """Emits the loops; scratch buffers hold for each sample:
 
@@ -51,42 +74,37 @@ class _Emitter:
     sizes: Sizes
     memory: Memory
     scratch: Scratch = field(default_factory=Scratch)
+    head: Block = field(default_factory=lambda: Block(1))
 
-    @property
-    def padded(self) -> int:
-        """Odd tokens in whole tiles."""
-        return -(-self.merge.odd // (WIDE * VECTORS)) * WIDE * VECTORS
-
-    @property
-    def pitch(self) -> int:
-        """Elements from one feature of the odd tokens to the next: no power of two, which would share cache sets."""
-        return self.padded + WIDE
+    def __post_init__(self) -> None:
+        self.counts = _Counts.of(self.merge, self.sizes, self.head)
 
     def statements(self) -> list[Any]:
         """Allocate, then one loop after the other."""
-        m, b = self.merge, Block(1)
-        batch = b.let(self.sizes.tir(m.batch))
+        n, compared = self.counts, integer(self.merge.compared)
         for name, dtype, count in (
-            ("odd", "float64", m.compared * self.pitch), ("row", "float64", m.compared * m.even),
-            ("inverse", "float64", m.tokens), ("kind", "int32", m.tokens),
-            ("best", "float32", m.even), ("partner", "int32", m.even), ("gone", "int32", m.even),
-            ("place", "int32", m.tokens), ("total", "float32", m.left), ("start", "int32", m.left + 1),
-            ("next", "int32", m.left), ("member", "int32", m.tokens),
+            ("odd", "float64", compared * n.pitch), ("row", "float64", compared * n.even),
+            ("inverse", "float64", n.tokens), ("kind", "int32", n.tokens),
+            ("best", "float32", n.even), ("partner", "int32", n.even), ("gone", "int32", n.even),
+            ("place", "int32", n.tokens), ("total", "float32", n.left), ("start", "int32", n.left + integer(1)),
+            ("next", "int32", n.left), ("member", "int32", n.tokens),
         ):  # fmt: skip
-            b.statements.append(self.scratch.make(name, dtype, batch * integer(count)))
+            self.head.statements.append(self.scratch.make(name, dtype, n.batch * count))
+        tiles = tirx.floordiv(n.even + integer(HEIGHT - 1), integer(HEIGHT))
+        runs = tirx.floordiv(n.left + integer(RUN - 1), integer(RUN))
         return [
-            *b.statements,
-            self._loop(batch, m.tokens, self._measure),
-            self._loop(batch, -(-m.even // HEIGHT), self._compare),
-            self._loop(batch, 1, self._choose),
-            *([] if m.outputs[0] is None else [self._loop(batch, -(-m.left // RUN), self._average)]),
+            *self.head.statements,
+            self._loop(n.tokens, self._measure),
+            self._loop(tiles, self._compare),
+            self._loop(integer(1), self._choose),
+            *([] if self.merge.outputs[0] is None else [self._loop(runs, self._average)]),
         ]
 
-    def _loop(self, batch: Any, each: int, body: Callable[[Any, Any], list[Any]]) -> Any:
+    def _loop(self, each: Any, body: Callable[[Any, Any], list[Any]]) -> Any:
         task, b = tirx.Var("task", "int64"), Block(1)
-        sample, number = split(b, task, [batch, integer(each)])
+        sample, number = split(b, task, [self.counts.batch, each])
         loop = parallel if self.threaded else serial
-        return loop(task, batch * integer(each), [*b.statements, *body(sample, number)])
+        return loop(task, self.counts.batch * each, [*b.statements, *body(sample, number)])
 
     def _value(self, b: Block, access: Access, *digits: Any) -> Any:
         """One element, as a computing value."""
@@ -95,13 +113,14 @@ class _Emitter:
     def _measure(self, sample: Any, token: Any) -> list[Any]:
         """Of one token: its kind, the inverse length of its metric, and its metric's column if its place is odd."""
         m, b = self.merge, Block(1)
-        at = b.let(sample * integer(m.tokens) + token)
+        at = b.let(sample * self.counts.tokens + token)
         kind: Any = tirx.const(1, "int32")
         if m.valid is not None:
             valid = self._value(b, m.valid, sample, token)
             kind = tirx.Select(valid, kind, tirx.const(0, "int32"))
         for place in m.protected:
-            kind = tirx.Select(tirx.EQ(token, integer(place)), tirx.const(-1, "int32"), kind)
+            protected = integer(place) if place >= 0 else self.counts.tokens + integer(place)
+            kind = tirx.Select(tirx.EQ(token, protected), tirx.const(-1, "int32"), kind)
         b.statements.append(store(self.scratch["kind"], at, kind))
         wide, rest = register(f"float64x{WIDE}"), register("float64")
         b.statements += [on_stack(wide), assign(wide, Block(WIDE).const(0.0, "float64")),
@@ -128,19 +147,19 @@ class _Emitter:
             exact = b.let(tirx.Cast(b.dtype("float64"), x))
             b.statements.append(assign(total, read(total) + exact * exact))
             if odd:
-                at = (sample * integer(m.compared) + feature) * integer(self.pitch) + half
-                index = at if lanes == 1 else tirx.Ramp(at, integer(self.pitch), lanes)
+                at = (sample * integer(m.compared) + feature) * self.counts.pitch + half
+                index = at if lanes == 1 else tirx.Ramp(at, self.counts.pitch, lanes)
                 b.statements.append(tirx.BufferStore(self.scratch["odd"], exact, [index]))
             else:
-                at = (sample * integer(m.even) + half) * integer(m.compared) + feature
+                at = (sample * self.counts.even + half) * integer(m.compared) + feature
                 put(b, self.scratch["row"], at, exact)
             statements.append(serial(d, integer(count), b.statements))
         return statements
 
     def _compare(self, sample: Any, tile: Any) -> list[Any]:
         """Of some even tokens: the most similar odd one."""
-        m, b = self.merge, Block(1)
-        last = integer(m.even - 1)
+        b = Block(1)
+        last = self.counts.even - integer(1)
         rows = [b.let(tirx.min(tile * integer(HEIGHT) + integer(r), last)) for r in range(HEIGHT)]
         best = [register(f"float32x{WIDE}") for _ in rows]
         partner = [register(f"int32x{WIDE}") for _ in rows]
@@ -148,14 +167,14 @@ class _Emitter:
         for x, y in zip(best, partner, strict=True):
             b.statements += [on_stack(x), on_stack(y), assign(x, wide.const(token_ops.APART)),
                              assign(y, wide.const(0, "int32"))]  # fmt: skip
-        of = sample * integer(m.tokens)
+        of = sample * self.counts.tokens
         kinds = [b.let(load(self.scratch["kind"], of + row * integer(2))) for row in rows]
         inverse = [b.let(load(self.scratch["inverse"], of + row * integer(2))) for row in rows]
         block = tirx.Var("block", "int64")
         body = self._products(sample, rows, block * integer(WIDE * VECTORS), inverse, kinds, best, partner)
-        b.statements.append(serial(block, integer(self.padded // (WIDE * VECTORS)), body))
+        b.statements.append(serial(block, self.counts.blocks, body))
         for row, kind, x, y in zip(rows, kinds, best, partner, strict=True):
-            b.statements += self._joined(sample * integer(m.even) + row, kind, x, y)
+            b.statements += self._joined(sample * self.counts.even + row, kind, x, y)
         return b.statements
 
     def _products(self, sample: Any, rows: list[Any], first: Any, inverse: list[Any], kinds: list[Any],
@@ -166,10 +185,10 @@ class _Emitter:
         for total in itertools.chain(*sums):
             start.statements += [on_stack(total), assign(total, start.const(0.0, "float64"))]
         inner, one = Block(WIDE), Block(1)
-        base = one.let((sample * integer(m.compared) + d) * integer(self.pitch) + first)
+        base = one.let((sample * integer(m.compared) + d) * self.counts.pitch + first)
         columns = [inner.let(take(inner, self.scratch["odd"], base + integer(v * WIDE))) for v in range(VECTORS)]
         for row, totals in zip(rows, sums, strict=True):
-            at = (sample * integer(m.even) + row) * integer(m.compared) + d
+            at = (sample * self.counts.even + row) * integer(m.compared) + d
             x = inner.spread(one.let(load(self.scratch["row"], at)))
             for total, column in zip(totals, columns, strict=True):
                 inner.statements.append(assign(total, read(total) + x * column))
@@ -182,12 +201,12 @@ class _Emitter:
     def _update(self, sample: Any, first: Any, v: int, sums: list[list[Any]], inverse: list[Any], kinds: list[Any],
                 best: list[Any], partner: list[Any]) -> list[Any]:  # fmt: skip
         """Compare one vector of scores of every row with the best so far; the first of equal ones stays."""
-        m, b, k = self.merge, Block(WIDE), tirx.Var("k", "int64")
-        place = sample * integer(m.tokens) + integer(1)
+        b, k = Block(WIDE), tirx.Var("k", "int64")
+        place = sample * self.counts.tokens + integer(1)
         lengths = tirx.decl_buffer((WIDE,), "float64", "lengths", data_alignment=64)
         others = tirx.decl_buffer((WIDE,), "int32", "others", data_alignment=64)
-        at = tirx.min(first + k, integer(m.odd - 1)) * integer(2) + place
-        inside = first + k < integer(m.odd)
+        at = tirx.min(first + k, self.counts.odd - integer(1)) * integer(2) + place
+        inside = first + k < self.counts.odd
         gather = serial(k, integer(WIDE), [
             store(lengths, k, load(self.scratch["inverse"], at)),
             store(others, k, tirx.Select(inside, load(self.scratch["kind"], at), tirx.const(-1, "int32"))),
@@ -227,9 +246,11 @@ class _Emitter:
 
     def _choose(self, sample: Any, _only: Any) -> list[Any]:
         """Of one sample: which even tokens go, where to, and who makes up each token that is left."""
-        m, scratch = self.merge, self.scratch
-        even, tokens, left = (sample * integer(n) for n in (m.even, m.tokens, m.left))
-        ranked = mark_best(scratch["best"], even, m.even, integer(m.tokens - m.left), scratch["gone"], even, self.lanes)
+        counts, scratch = self.counts, self.scratch
+        even, tokens, left = (sample * n for n in (counts.even, counts.tokens, counts.left))
+        ranked = mark_best(
+            scratch["best"], even, counts.even, counts.tokens - counts.left, scratch["gone"], even, self.lanes
+        )
         return [
             *ranked,
             *self._stay(sample, even, tokens, left),
@@ -254,7 +275,7 @@ class _Emitter:
             self.memory.store(inner, outputs[2], left + place, t)
         stays = tirx.Or(odd, tirx.EQ(mark, tirx.const(0, "int32")))
         b.statements.append(tirx.IfThenElse(stays, tirx.SeqStmt(inner.statements), None))
-        return [on_stack(count), assign(count, integer(0)), serial(t, integer(self.merge.tokens), b.statements)]
+        return [on_stack(count), assign(count, integer(0)), serial(t, self.counts.tokens, b.statements)]
 
     def _go(self, sample: Any, even: Any, tokens: Any, left: Any) -> Any:
         """Every token that goes takes the place of its partner and adds its size."""
@@ -271,12 +292,12 @@ class _Emitter:
         ]
         goes = tirx.EQ(mark, tirx.const(1, "int32"))
         b.statements.append(tirx.IfThenElse(goes, tirx.SeqStmt(inner.statements), None))
-        return serial(i, integer(self.merge.even), b.statements)
+        return serial(i, self.counts.even, b.statements)
 
     def _list(self, sample: Any, tokens: Any, left: Any) -> list[Any]:
         """`member` from start[p] to start[p + 1]: the tokens that make up token p of the result, in order."""
         scratch, m, p, t = self.scratch, self.merge, tirx.Var("p", "int64"), tirx.Var("t", "int64")
-        starts, one = sample * integer(m.left + 1), tirx.const(1, "int32")
+        starts, one = sample * (self.counts.left + integer(1)), tirx.const(1, "int32")
         b, count = Block(1), register("int32")
         begin, own = b.let(read(count)), b.let(load(scratch["next"], left + p))
         b.statements += [
@@ -298,16 +319,16 @@ class _Emitter:
         return [
             on_stack(count), assign(count, tirx.const(0, "int32")),
             store(scratch["start"], starts, tirx.const(0, "int32")),
-            serial(p, integer(m.left), b.statements), serial(t, integer(m.tokens), fill_in.statements),
+            serial(p, self.counts.left, b.statements), serial(t, self.counts.tokens, fill_in.statements),
         ]  # fmt: skip
 
     def _average(self, sample: Any, run: Any) -> list[Any]:
         """Some tokens of the result: means of those that make them up, weighted by size."""
         m, b, p = self.merge, Block(1), tirx.Var("p", "int64")
         first = run * integer(RUN)
-        place, starts = first + p, sample * integer(m.left + 1)
+        place, starts = first + p, sample * (self.counts.left + integer(1))
         bounds = [b.let(tirx.Cast("int64", load(self.scratch["start"], starts + place + integer(k)))) for k in (0, 1)]
-        total = b.let(load(self.scratch["total"], sample * integer(m.left) + place))
+        total = b.let(load(self.scratch["total"], sample * self.counts.left + place))
         width, group = self.lanes * VECTORS, tirx.Var("group", "int64")
         whole = m.features // width
         if whole:
@@ -316,7 +337,7 @@ class _Emitter:
             b.statements.append(serial(group, integer(whole), body))
         if rest := m.features - whole * width:
             b.statements += self._means(sample, place, bounds, total, integer(whole * width), pieces(rest, self.lanes))
-        count = tirx.min(integer(RUN), integer(m.left) - first)
+        count = tirx.min(integer(RUN), self.counts.left - first)
         return [serial(p, count, b.statements)]
 
     def _means(self, sample: Any, place: Any, bounds: list[Any], total: Any, first: Any,
@@ -324,13 +345,13 @@ class _Emitter:
         """Some features of one token of the result."""
         m, one, k = self.merge, Block(1), tirx.Var("k", "int64")
         assert m.outputs[0] is not None
-        member = load(self.scratch["member"], sample * integer(m.tokens) + bounds[0] + k)
+        member = load(self.scratch["member"], sample * self.counts.tokens + bounds[0] + k)
         token = one.let(tirx.Cast("int64", member))
         weight = one.let(tirx.Div(self._value(one, m.size, sample, token), total))
         base = one.let(self.sizes.offset(m.input, (sample, token, first)))
         step = self.sizes.tir(m.input.strides[-1])
         before, inner, after = list[Any](), list[Any](), list[Any]()
-        out = (sample * integer(m.left) + place) * integer(m.features) + first
+        out = (sample * self.counts.left + place) * integer(m.features) + first
         for low, lanes in slots:
             b, kept = Block(lanes), register(Block(lanes).dtype("float32"))
             before += [on_stack(kept), assign(kept, b.const(0.0))]

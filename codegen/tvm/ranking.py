@@ -43,31 +43,31 @@ def store(buffer: Any, at: Any, value: Any) -> Any:
     return tirx.BufferStore(buffer, value, [at])
 
 
-def mark_best(scores: Any, base: Any, count: int, chosen: Any, marks: Any, marks_base: Any, lanes: int) -> list[Any]:
+def mark_best(scores: Any, base: Any, count: Any, chosen: Any, marks: Any, marks_base: Any, lanes: int) -> list[Any]:
     """Set marks[marks_base + k] to 1 for the `chosen` largest of scores[base + k], k < count, and to 0 for the others.
 
-    Of equal scores the first are chosen. Scores are float32 without NaN, marks int32.
+    Of equal scores the first are chosen. Counts are int64 expressions. Scores are float32 without NaN, marks int32.
     """
     place, b = tirx.Var("place", "int64"), Block(1)
     own = b.let(load(scores, base + place))
-    whole, ahead, wide = count // lanes, register(f"float32x{lanes}"), Block(lanes)
-    b.statements += [on_stack(ahead), assign(ahead, wide.const(0.0))]
-    if whole:
-        step, body = tirx.Var("step", "int64"), Block(lanes)
-        more = _before(body, take(body, scores, base + step * integer(lanes)), step * integer(lanes), own, place)
-        body.statements.append(assign(ahead, read(ahead) + more))
-        b.statements.append(serial(step, integer(whole), body.statements))
+    ahead, rank, wide = register(f"float32x{lanes}"), register("float32"), Block(lanes)
+    b.statements += [on_stack(ahead), assign(ahead, wide.const(0.0)), on_stack(rank)]
+    whole = tirx.floordiv(count, integer(lanes))
+    step, body = tirx.Var("step", "int64"), Block(lanes)
+    first = step * integer(lanes)
+    more = _before(body, take(body, scores, base + first), first, own, place)
+    body.statements.append(assign(ahead, read(ahead) + more))
     statements, total = vector.horizontal("sum", read(ahead), lanes)
-    b.statements += statements
-    rank = register("float32")
-    b.statements += [on_stack(rank), assign(rank, total)]
-    for other in range(whole * lanes, count):
-        more = _before(b, load(scores, base + integer(other)), integer(other), own, place)
-        b.statements.append(assign(rank, read(rank) + more))
+    b.statements += [serial(step, whole, body.statements), *statements, assign(rank, total)]
+    other, last = tirx.Var("other", "int64"), Block(1)
+    at = whole * integer(lanes) + other
+    more = _before(last, load(scores, base + at), at, own, place)
+    last.statements.append(assign(rank, read(rank) + more))
+    b.statements.append(serial(other, count - whole * integer(lanes), last.statements))
     better = tirx.Cast("int64", read(rank)) < chosen
     b.statements.append(store(marks, marks_base + place,
                               tirx.Select(better, tirx.const(1, "int32"), tirx.const(0, "int32"))))  # fmt: skip
-    return [serial(place, integer(count), b.statements)]
+    return [serial(place, count, b.statements)]
 
 
 def _before(b: Block, others: Any, first: Any, own: Any, place: Any) -> Any:

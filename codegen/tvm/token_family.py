@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 
 from ...passes.program import Program
 from ...targets.target import Target
-from ..base import Region, Schedule
+from ..base import Extent, Region, Schedule
 from ..plans import tokens
 from . import best, merge
 from .row_family import lanes_of, worth_threads
@@ -30,9 +31,9 @@ class TokenFamily:
         found = tokens.plan(region)
         if isinstance(found, tokens.Best):
             choice = found
-            return TokenLowering(choice.tensors, choice.flops, lambda *args: best.function(choice, *args))
+            return TokenLowering(choice, lambda *args: best.function(choice, *args))
         merging = found
-        return TokenLowering(merging.tensors, merging.flops, lambda *args: merge.function(merging, *args))
+        return TokenLowering(merging, lambda *args: merge.function(merging, *args))
 
 
 @dataclass
@@ -40,14 +41,27 @@ class TokenLowering:
     """A planned choice or merge.
 
     Attributes:
-        tensors: fake tensors of the parameters.
-        flops: operations of one call, 0 if sizes are symbolic.
+        plan: the operator.
         make: the PrimFunc of a name, lanes, and whether it is threaded.
     """
 
-    tensors: list[torch.Tensor]
-    flops: int
+    plan: tokens.Best | tokens.Merge
     make: Callable[[str, int, bool], Any]
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Fake tensors of the parameters."""
+        return self.plan.tensors
+
+    @property
+    def flops(self) -> int:
+        """Operations of one call, 0 if sizes are symbolic."""
+        return self.plan.flops
+
+    @property
+    def made(self) -> dict[sympy.Expr, Extent]:
+        """The size that the operator computes, if it is symbolic."""
+        return self.plan.made
 
     @property
     def order(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +169,16 @@ def test_a_merge_without_its_parts_is_refused() -> None:
     args = torch.randn(2, 10, 6), torch.ones(2, 10), torch.randn(2, 10, 6)
     region, _ = region_of(merging(2, []), args)
     assert "together with" in str(BACKEND.supports(Region.of(region.nodes[:2]), target(256)))
+
+
+def test_a_merge_takes_in_nothing_but_its_parts() -> None:
+    """What follows may have an argument that looks like the number of a result."""
+    args = torch.randn(2, 10, 6), torch.ones(2, 10), torch.randn(2, 10, 6)
+    for follow in (lambda y: y.unsqueeze(-1), lambda y: y.unsqueeze(1)):
+        region, _ = region_of(
+            lambda x, s, m, f=follow: (merging(2, [])(x, s, m)[0], f(merging(2, [])(x, s, m)[1])), args
+        )
+        last = [n for n in region.nodes if "unsqueeze" in str(n.target)]
+        own = {n for n in region.nodes if n.target is operator.getitem and n.args[0] is last[0].args[0].args[0]}
+        whole = Region.of([last[0].args[0].args[0], *own, *last])
+        assert "together with" in str(BACKEND.supports(whole, target(256)))
