@@ -55,6 +55,7 @@ def hold(
     budget: float,
     *,
     skip: Collection[str] = (),
+    only: Collection[str] = (),
     tell: Callable[[str], None] = lambda label: None,
 ) -> Trial:
     """Make, check and time every candidate; the fastest wins, a tie goes to eager.
@@ -63,9 +64,10 @@ def hold(
         values: of the region's inputs.
         budget: seconds of timing.
         skip: labels of candidates that are known to fail.
+        only: labels of candidates to try; all, if this is empty or if none of them works here.
         tell: called with the label of each candidate before it is made, and with "timing".
     """
-    kernels, refused = _candidates(region, backends, target, values, skip, tell)
+    kernels, refused = _candidates(region, backends, target, values, skip, only, tell)
     calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
     tell("timing")
     if len(calls) == 1:
@@ -117,24 +119,25 @@ def guess(region: Region, backends: Sequence[Backend], target: Target) -> tuple[
 
 def _candidates(
     region: Region, backends: Sequence[Backend], target: Target, values: Sequence[Any], skip: Collection[str],
-    tell: Callable[[str], None],
+    only: Collection[str], tell: Callable[[str], None],
 ) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
     """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more."""
     referee = EagerBackend().lower(region, target, Schedule())
-    kernels, refused = {REFEREE: referee}, dict[str, str]()
-    wanted: list[Any] | None = None
+    kernels, refused, offered = {REFEREE: referee}, dict[str, str](), dict[str, tuple[Backend, Schedule]]()
     for backend in backends:
         if reason := backend.supports(region, target):
             refused[backend.name] = reason
             continue
-        for schedule in backend.space(region, target):
-            if wanted is None:
-                wanted = run_kernel(referee, values)
-                prepare(backend, region, target)
-            label = f"{backend.name} {schedule}"
-            if label in skip:
-                continue
+        offered |= {f"{backend.name} {schedule}": (backend, schedule) for schedule in backend.space(region, target)}
+    wanted = run_kernel(referee, values) if offered else []
+    allowed = [label for label in offered if label not in skip]
+    for labels in ([label for label in allowed if label in only], [label for label in allowed if label not in only]):
+        if len(kernels) > 1:
+            break
+        prepare(backends, region, target, [offered[label] for label in labels])
+        for label in labels:
             tell(label)
+            backend, schedule = offered[label]
             try:
                 kernel = backend.lower(region, target, schedule)
                 size, place = difference(run_kernel(kernel, values), wanted)
@@ -148,11 +151,13 @@ def _candidates(
     return kernels, refused
 
 
-def prepare(backend: Backend, region: Region, target: Target) -> None:
-    """Let a backend that can compile several candidates at once begin with all of them."""
-    begin = getattr(backend, "prepare", None)
-    if begin is not None:
-        begin(region, target)
+def prepare(backends: Iterable[Backend], region: Region, target: Target,
+            candidates: Sequence[tuple[Backend, Schedule]]) -> None:  # fmt: skip
+    """Let backends that can compile several candidates at once begin with all of these."""
+    for backend in backends:
+        begin, schedules = getattr(backend, "prepare", None), [s for b, s in candidates if b is backend]
+        if begin is not None and schedules:
+            begin(region, target, schedules)
 
 
 def run_kernel(kernel: Kernel, values: Sequence[Any]) -> list[Any]:

@@ -18,6 +18,7 @@ from ..passes.program import Program
 from ..targets.folder import cache_folder
 from ..targets.records import Records, key_of
 from ..targets.target import Target, fingerprint
+from . import near
 from .base import Backend, Region
 from .request import encode_request
 from .trial import REFEREE, Trial, decode_trial, encode_trial, guess, hold
@@ -54,7 +55,7 @@ class Tuner:
     def choose(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
                values: Sequence[Any]) -> Trial:  # fmt: skip
         """The trial of a region: recorded, held now, or guessed."""
-        key = self._key(program, region, backends, target)
+        key = self._key("trial", region.key(program), backends, target)
         stored = None if self.level == "fast" else self.records.get(key)
         if stored is not None:
             with contextlib.suppress(KeyError, ValueError, TypeError, AttributeError):  # else: not one of ours
@@ -64,20 +65,27 @@ class Tuner:
                 self.notes.append("the tuning budget is spent")
             backend, schedule = guess(region, backends, target)
             return Trial(backend.name, schedule)
+        kind, sizes = near.kind_of(region.text())
+        kind = self._key("near", kind + region.key(program).partition(":")[2], backends, target)
+        before = self.records.get(kind)
+        only = [] if self.level == "max" else near.winners(before, sizes)
         start = time.perf_counter()
-        trial = self._hold(program, region, backends, target, values)
+        trial = self._hold(program, region, backends, target, values, only)
         self._spent += time.perf_counter() - start
         self.measured += 1
         if trial.seconds is not None:  # what failed as a whole may work the next time
-            self.records.add({key: encode_trial(trial)})
+            found = {key: encode_trial(trial)}
+            if not trial.rivals.keys() <= {REFEREE, *only}:  # a chain of near ones would lead far from the first
+                found[kind] = near.with_trial(before, sizes, trial)
+            self.records.add(found)
         return trial
 
-    def _key(self, program: Program, region: Region, backends: Sequence[Backend], target: Target) -> str:
+    def _key(self, what: str, region: str, backends: Sequence[Backend], target: Target) -> str:
         names = [b.name for b in backends]
         return key_of(
-            "trial",
+            what,
             fingerprint(target),
-            region.key(program),
+            region,
             self.each,
             names,
             versions(),
@@ -86,23 +94,24 @@ class Tuner:
         )
 
     def _hold(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
-              values: Sequence[Any]) -> Trial:  # fmt: skip
+              values: Sequence[Any], only: Sequence[str]) -> Trial:  # fmt: skip
         # a child would need a context of its own on a GPU, and copies of all values: candidates are tried here
         isolated = self.isolated and target.device == "cpu" and workshop().possible
         if not isolated or guess(region, backends, target)[0].name == REFEREE:
-            return hold(region, backends, target, values, self.each)
+            return hold(region, backends, target, values, self.each, only=only)
         skip: dict[str, str] = {}
         with tempfile.TemporaryDirectory(dir=_memory_folder(values)) as folder:
             try:
                 request = encode_request(program, region, values, target, f"{folder}/values")
             except Exception as reason:  # no stored form, or no room for the values
                 self.notes.append(f"tried in this process: {(str(reason).splitlines() or [''])[0]}")
-                return hold(region, backends, target, values, self.each)
+                return hold(region, backends, target, values, self.each, only=only)
             request |= {
                 "search": self.level == "max",
                 "budget": self.each,
                 "threads": torch.get_num_threads(),
                 "folder": str(cache_folder()),
+                "only": list(only),
             }
             while len(skip) < 8:
                 answer = workshop().ask(request | {"skip": list(skip)}, PATIENCE)
@@ -112,7 +121,7 @@ class Tuner:
                     return trial
                 if answer["trying"] == "start":
                     self.notes.append(f"tried in this process, since the child process failed: {answer['failed']}")
-                    return hold(region, backends, target, values, self.each)
+                    return hold(region, backends, target, values, self.each, only=only)
                 if answer["trying"] == "timing":
                     return Trial(refused={**skip, "all": answer["failed"]})
                 skip[answer["trying"]] = answer["failed"]

@@ -50,7 +50,7 @@ def _serve(request: Json, answer: Any) -> None:
         rivals, _ = backends(program, target, request["search"])
         with torch.no_grad():
             trial = hold(region, rivals, target, values, request["budget"], skip=request["skip"],
-                         tell=lambda label: _begin(label, answer))  # fmt: skip
+                         only=request["only"], tell=lambda label: _begin(label, answer))  # fmt: skip
         trial.library = _stored(trial)
         answer({"trial": encode_trial(trial)})
     except Exception as error:  # the parent falls back to eager for this region

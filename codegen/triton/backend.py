@@ -157,11 +157,11 @@ class TritonBackend:
             library=lambda path: write_atomically(Path(path), [encode(code, binaries)]),
         )  # fmt: skip
 
-    def prepare(self, region: Region, target: Target) -> None:
-        """Begin to compile all candidates at once."""
+    def prepare(self, region: Region, target: Target, schedules: Iterable[Schedule]) -> None:
+        """Begin to compile these candidates at once."""
         if not interpreted():
             plan, name = self._plan(region, target), self._named(region)
-            for schedule in plan.space(target):
+            for schedule in schedules:
                 self._begun(plan, name, region, target, schedule)
 
     def _begun(self, plan: Lowering, name: str, region: Region, target: Target, schedule: Schedule) -> Future[Made]:
