@@ -149,8 +149,8 @@ class Shortening:
         if not isinstance(value, (torch.Tensor, tuple, list)):
             self.program.infer(node)  # a size
             return
-        places = self.places(node) if isinstance(value, torch.Tensor) else []
         self._check(node)
+        places = self.places(node) if isinstance(value, torch.Tensor) else []  # a slice may have become a span
         self._take_sides(node)
         self._deal(node, places)
         self.program.infer(node)

@@ -77,8 +77,9 @@ class Decoder(nn.Module):
     """Logits of the last token, or of each.
 
     ``mask`` is flag, bool, bias, ahead (one token ahead is seen) or none; ``places`` is rotary, table (a parameter) or
-    rows (an embedding of a range); ``result`` is last, kept (``[:, -1:]``), each, flat (samples and tokens as one) or
-    tuple (logits of the last token, features of each).
+    rows (an embedding of a range); ``result`` is last, kept (``[:, -1:]``), rest (the mean of all but the last, each
+    with a number for its place), each, flat (samples and tokens as one) or tuple (logits of the last token, features of
+    each).
     """
 
     def __init__(self, mask: str = "flag", places: str = "rotary", result: str = "last") -> None:
@@ -98,6 +99,8 @@ class Decoder(nn.Module):
     def finish(self, x: torch.Tensor) -> Any:
         if self.result in ("last", "kept"):
             return self.head(self.norm(x[:, -1] if self.result == "last" else x[:, -1:]))
+        if self.result == "rest":
+            return self.head((self.norm(x[:, :-1]) * self.rows.weight[: x.shape[1] - 1]).mean(1))
         logits = self.head(self.norm(x))
         if self.result == "tuple":
             return logits[:, -1], x

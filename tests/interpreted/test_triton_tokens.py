@@ -72,6 +72,11 @@ def test_every_schedule_of_a_merge(dtype: torch.dtype) -> None:
     check_merge(merging(31, [0, 1]), x, sizes_of(1, 90), metric)
 
 
+def test_merging_beside_tokens_behind_that_stay_alone() -> None:
+    torch.manual_seed(0)
+    check_merge(merging(9, [0, -2, -1]), torch.randn(3, 37, 20), sizes_of(3, 37), torch.randn(3, 37, 8), most=1)
+
+
 def test_many_features_are_averaged_in_pieces() -> None:
     torch.manual_seed(0)
     check_merge(merging(3, [0]), torch.randn(1, 9, 2500), sizes_of(1, 9), torch.randn(1, 9, 300), most=1)
@@ -160,5 +165,8 @@ def test_what_is_refused() -> None:
     x, backend = torch.randn(1, 6, 4), TritonBackend()
     region, _ = alone(merging(0, []), (x, torch.ones(1, 6), x))
     assert "leaves all tokens" in str(backend.supports(region, TARGET))
+    into = lambda x, size: tuple(ops.merge_tokens()(x, size, x, 2, [], None, [0]))  # noqa: E731
+    region, _ = alone(into, (x, torch.ones(1, 6)))
+    assert "chosen places" in str(backend.supports(region, TARGET))
     region, _ = alone(lambda s: ops.best_tokens()(s, 3, []), (torch.randn(1, 9000),))
     assert "more tokens" in str(backend.supports(region, TARGET))

@@ -208,6 +208,36 @@ def test_keeping_every_token_by_its_index_changes_no_bit(kind: str) -> None:
         assert torch.equal(program_of(model, (x,), keep)(x), model(x))
 
 
+class Beside(Placed):
+    """All but the first and the last token meet numbers for their places."""
+
+    def __init__(self) -> None:
+        super().__init__("plain-slice")
+        self.table = nn.Parameter(torch.randn(PATCHES, WIDTH))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.begin(x)
+        for block in self.blocks:
+            x = block(x, None)
+        return self.head((self.norm(x)[:, 1:-1] * self.table[: x.shape[1] - 2]).mean(1))
+
+
+@torch.no_grad()
+def test_what_meets_a_slice_is_taken_at_the_chosen_places() -> None:
+    torch.manual_seed(3)
+    model, x = Beside().eval(), torch.randn(3, PATCHES, 12)
+    program = program_of(model, (x,), PruneTokens(keep=20, layers=(1,), score="norm"))
+    results = []
+    for y in model.blocks[1].after_attention(model.blocks[0](model.begin(x), None), None)[0]:
+        best = y.norm(dim=-1)[1:-1].argsort(descending=True)[:20]
+        inner = best.sort().values
+        z = model.blocks[1].feed(y[[0, *(inner + 1).tolist(), PATCHES - 1]])[None]
+        for block in model.blocks[2:]:
+            z = block(z, None)
+        results.append(model.head((model.norm(z[0])[1:-1] * model.table[inner]).mean(0)))
+    torch.testing.assert_close(program(x), torch.stack(results), atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_protected_by_hand() -> None:
     model, x = Encoder("qk-norm").eval(), torch.randn(2, PATCHES, 12)

@@ -109,6 +109,20 @@ def test_lengths_known_at_run_time_only(mask: str, places: str, keep: float) -> 
             assert torch.equal(program(ids), model(ids))
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@torch.no_grad()
+def test_a_part_without_the_last_token_has_new_places_too(dynamic: bool) -> None:
+    model, ids = Decoder(result="rest").eval(), prompts(2)
+    length = torch.export.Dim("length", min=4, max=64)
+    program = capture(model, (ids,), dynamic_shapes=({1: length},) if dynamic else None)
+    assert SelectPrompt(layer=1, keep=0.5).run(program, CONTEXT) == 1
+    well_formed(program)
+    for tokens in (9, 24, 40) if dynamic else (LENGTH,):
+        ids = prompts(2, tokens)
+        wanted = model(kept_ids(model, ids, 1, 1 + -(-(tokens - 1) // 2), 5))
+        torch.testing.assert_close(program(ids), wanted, atol=1e-5, rtol=1e-5)
+
+
 @torch.no_grad()
 def test_the_hand_written_decoder() -> None:
     inner = Causal(True).eval()
