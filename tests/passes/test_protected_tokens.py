@@ -154,7 +154,8 @@ def test_pruning_and_restoring_equals_the_formula(kind: str) -> None:
         few, size, places = y[order], torch.ones(tokens), list(range(tokens))
         place = {p: order.index(p) for p in model.alone(tokens)}
         while len(few) > left:
-            few, size, place, now = merged(few, size, few, len(few) - left, place)
+            count = min(len(few) - left, most(place, len(few)))
+            few, size, place, now = merged(few, size, few, count, place)
             places = [now[k] for k in places]
         z = few[None]
         for block in model.blocks[1:3]:
