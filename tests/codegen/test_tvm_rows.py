@@ -16,6 +16,7 @@ pytest.importorskip("tvm")
 from reference import compare, region_of
 
 from torchlathe.codegen.base import Kernel, Region
+from torchlathe.codegen.trial import run_kernel
 from torchlathe.codegen.tvm import build
 from torchlathe.codegen.tvm.backend import TvmBackend
 from torchlathe.targets.target import Target
@@ -211,8 +212,16 @@ def test_rows_cut_and_put_together() -> None:
 def test_rows_put_together_of_symbolic_length() -> None:
     args = (torch.randn(2, 1, 40), torch.randn(2, 9, 40))
     length = torch.export.Dim("length", min=2, max=64)
-    region, _ = region_of(lambda t, p: torch.cat([t, p], 1).exp(), args, (None, {1: length}))
-    assert BACKEND.supports(region, TARGET) is not None  # the result's length is no input's
+
+    def function(token: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        return torch.cat([token, patches], 1).exp()
+
+    region, _ = region_of(function, args, (None, {1: length}))
+    assert BACKEND.supports(region, TARGET) is None
+    kernel = BACKEND.lower(region, TARGET, next(iter(BACKEND.space(region, TARGET))))
+    for patches in (args[1], torch.randn(2, 2, 40), torch.randn(2, 31, 40)):
+        (ours,) = run_kernel(kernel, [args[0], patches])  # its length is one more than an input's
+        torch.testing.assert_close(ours, function(args[0], patches), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32])
