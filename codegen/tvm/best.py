@@ -12,7 +12,7 @@ from . import math as vector
 from .emit import integer, parallel, parameters, prim_func, serial
 from .layout import Sizes
 from .math import Block, assign, on_stack, read, register
-from .ranking import MASKED, Scratch, load, mark_best, store
+from .ranking import MASKED, Scratch, count_of, load, mark_best, store
 
 
 def function(best: Best, name: str, lanes: int, threaded: bool) -> Any:
@@ -20,7 +20,7 @@ def function(best: Best, name: str, lanes: int, threaded: bool) -> Any:
     sizes = Sizes()
     buffers, memory = parameters(best.tensors, sizes)
     sample, b, scratch = tirx.Var("sample", "int64"), Block(1), Scratch()
-    batch, tokens, chosen = (b.let(sizes.tir(n)) for n in (best.batch, best.tokens, best.chosen))
+    batch, tokens, chosen = (count_of(b, sizes.tir(n)) for n in (best.batch, best.tokens, best.chosen))
     b.statements += [scratch.make(name, dtype, batch * tokens)
                      for name, dtype in (("score", "float32"), ("mark", "int32"))]  # fmt: skip
     base, k, copy = sample * tokens, tirx.Var("k", "int64"), Block(1)

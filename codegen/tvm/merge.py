@@ -20,7 +20,7 @@ from ..plans.tokens import Merge
 from .emit import Memory, integer, parallel, parameters, pieces, prim_func, put, serial, take
 from .layout import Sizes
 from .math import Block, assign, horizontal, on_stack, read, register
-from .ranking import MASKED, Scratch, load, mark_best, store
+from .ranking import MASKED, Scratch, count_of, load, mark_best, store
 from .tile import split
 
 HEIGHT = 4  # even tokens of a tile
@@ -52,11 +52,11 @@ class _Counts:
     @classmethod
     def of(cls, merge: Merge, sizes: Sizes, b: Block) -> _Counts:
         """Computed in `b`."""
-        batch, tokens, left = (b.let(sizes.tir(n)) for n in (merge.batch, merge.tokens, merge.left))
-        even = b.let(tirx.floordiv(tokens + integer(1), integer(2)))
-        odd = b.let(tirx.floordiv(tokens, integer(2)))
-        blocks = b.let(tirx.floordiv(odd + integer(WIDE * VECTORS - 1), integer(WIDE * VECTORS)))
-        return cls(batch, tokens, left, even, odd, blocks, b.let(blocks * integer(WIDE * VECTORS) + integer(WIDE)))
+        batch, tokens, left = (count_of(b, sizes.tir(n)) for n in (merge.batch, merge.tokens, merge.left))
+        even, odd = (count_of(b, tirx.floordiv(tokens + integer(k), integer(2))) for k in (1, 0))
+        blocks = count_of(b, tirx.floordiv(odd + integer(WIDE * VECTORS - 1), integer(WIDE * VECTORS)))
+        pitch = count_of(b, blocks * integer(WIDE * VECTORS) + integer(WIDE))
+        return cls(batch, tokens, left, even, odd, blocks, pitch)
 
 
 @dataclass

@@ -43,6 +43,11 @@ def store(buffer: Any, at: Any, value: Any) -> Any:
     return tirx.BufferStore(buffer, value, [at])
 
 
+def count_of(b: Block, value: Any) -> Any:
+    """A number in a register of its own; one that is known stays a constant, also within the tasks of threads."""
+    return value if isinstance(value, tirx.IntImm) else b.let(value)
+
+
 def mark_best(scores: Any, base: Any, count: Any, chosen: Any, marks: Any, marks_base: Any, lanes: int) -> list[Any]:
     """Set marks[marks_base + k] to 1 for the `chosen` largest of scores[base + k], k < count, and to 0 for the others.
 
