@@ -163,6 +163,8 @@ class _Template:
             scratch = [((*area, n), torch.float32) for n in last]
             texts.append((f"{self.name}_sum", self._join()))
             launches.append(Launch(f"{self.name}_sum", tensors, (p.queries * pack, heads), 1))
+        for size in (e for launch in launches for e in launch.grid):
+            self.sizes.text(size)  # grids may name sizes that no kernel reads
         parameters = [*(f"t{k}" for k in tensors), *self.sizes.parameters]
         return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
 
