@@ -13,6 +13,7 @@ test: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/interpreted
 
 test-slow: $(VENV)/.dev
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -x -m slow tests/interpreted
 	$(BIN)/python -m pytest -x -m slow
 
 dev: $(VENV)/.dev

@@ -25,6 +25,8 @@ from torchlathe.passes.base import Context
 from torchlathe.passes.capture import capture
 from torchlathe.passes.exact.fold_norm import FoldNorm
 
+pytestmark = pytest.mark.slow  # the interpreter needs minutes for these
+
 LAST = torch.channels_last
 FORMATS = (torch.contiguous_format, LAST)
 HALVES = (torch.float16, torch.bfloat16)

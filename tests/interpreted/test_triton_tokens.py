@@ -16,6 +16,8 @@ from torchlathe.codegen.trial import run_kernel
 from torchlathe.codegen.triton.backend import TritonBackend
 from torchlathe.passes import ops
 
+pytestmark = pytest.mark.slow  # the interpreter needs minutes for these
+
 TARGET = targets.get("nvidia-sm90")
 
 
