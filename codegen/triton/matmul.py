@@ -196,6 +196,8 @@ class Template:
         return self._code([(name, self._sum(1))], launches, [((p.rows, p.columns), p.dtype)])
 
     def _code(self, texts: Sequence[tuple[str, list[str]]], launches: Sequence[Launch], scratch: Any) -> Code:
+        for size in (e for launch in launches for e in launch.grid):
+            self.sizes.text(size)  # grids may name sizes that no kernel reads
         count = len(self.product.tail.tensors) + len(scratch)
         parameters = [*(f"t{k}" for k in range(count)), *self.sizes.parameters]
         return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
