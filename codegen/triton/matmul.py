@@ -256,6 +256,8 @@ class Template:
         w.line(f"across = column % {self.sizes.text(p.columns)}")
         lead = Place((*outer, *w.digits("near", p.extents[p.batch : -1])), "0")
         left = w.let(w.offset(_lead(p.left), lead)[0])
+        if all(s == 0 for s in p.left.strides[p.batch : -1]):  # one row for all: its address must have a tile's shape
+            left = w.let(f"{left} + near * 0")
         batch = Place((*outer, *["0"] * (len(p.extents) - 1 - p.batch)), "0")
         right = w.let(w.offset(_lead(p.right), batch)[0])
         even = p.depth.is_Integer and int(p.depth) % (block * splits) == 0

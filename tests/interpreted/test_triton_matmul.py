@@ -89,6 +89,7 @@ def test_expanded_operands() -> None:
     x, y = torch.randn(1, 7, 20).expand(3, 7, 20), torch.randn(3, 20, 1).expand(3, 20, 9)
     assert agree(lambda x, y: torch.bmm(x, y), x, y, most=1)
     assert agree(lambda x, w: F.linear(x, w), torch.randn(3, 1, 20).expand(3, 7, 20), torch.randn(9, 20), most=1)
+    assert agree(lambda x, w: F.linear(x, w), torch.randn(1, 20).expand(7, 20), torch.randn(9, 20), most=1)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

@@ -92,6 +92,17 @@ def test_many_tokens_become_one() -> None:
     assert merging(9, [])(x, size, metric)[1].max() > 9
 
 
+def test_of_equal_ones_in_several_tiles_the_first_is_taken() -> None:
+    check_merge(merging(40, []), torch.randn(1, 150, 3), sizes_of(1, 150), torch.ones(1, 150, 2), most=1)
+
+
+def test_what_is_too_short_for_a_direction_is_alike_to_nothing() -> None:
+    metric = torch.tensor([[[1.0, 0.0], [0.9, 0.4], [9e-43, 4e-43], [0.0, 1.0]]])  # token 2 points to none
+    function = merging(1, [])
+    check_merge(function, torch.randn(1, 4, 3), torch.ones(1, 4), metric)
+    assert function(torch.randn(1, 4, 3), torch.ones(1, 4), metric)[2].tolist() == [[1, 2, 3]]
+
+
 def test_vectors_of_no_length_and_no_number() -> None:
     torch.manual_seed(0)
     metric = torch.randn(2, 21, 8)
