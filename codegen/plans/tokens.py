@@ -63,7 +63,7 @@ class Merge:
         left: after.
         features: of a token.
         compared: features of the metric.
-        protected: places of tokens that stay alone.
+        protected: places of tokens that stay alone; those below zero are counted from the last token.
         made: the number of tokens after as an extent, if it is symbolic.
     """
 

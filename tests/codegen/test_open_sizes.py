@@ -11,13 +11,16 @@ import torch
 pytest.importorskip("tvm")
 
 from encoders import DEPTH, Text
+from reference import region_of
 
 from torchlathe import targets
 from torchlathe.codegen.base import Destination, Region
 from torchlathe.codegen.cache import _destination, load
 from torchlathe.codegen.executable import Executable
 from torchlathe.codegen.lower import lower_unmeasured
-from torchlathe.passes import MergeTokens, PruneTokens
+from torchlathe.codegen.trial import run_kernel
+from torchlathe.codegen.tvm.backend import TvmBackend
+from torchlathe.passes import MergeTokens, PruneTokens, ops
 from torchlathe.passes.base import Context, Pass
 from torchlathe.passes.capture import capture
 from torchlathe.passes.nodes import expression, operator_name
@@ -78,6 +81,25 @@ def test_choosing_any_number_of_tokens(keep: Any) -> None:
 def test_choosing_the_last_token() -> None:
     program = shortened(PruneTokens(keep=0.3, score="last_query", layers=(1,)))
     check(compiled(program, "best_tokens"), program)
+
+
+@pytest.mark.parametrize(("function", "widths"), [
+    (lambda x, size, metric: tuple(ops.merge_tokens()(x, size, metric, 9, [0, -1])), [(5,), (), (7,)]),
+    (lambda score: (ops.best_tokens()(score, 3, [0, -2]),), [()]),
+])  # fmt: skip
+def test_protected_places_counted_from_the_last_token(function: Any, widths: list[tuple[int, ...]]) -> None:
+    def values(tokens: int) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(tokens)
+        return tuple(torch.rand(2, tokens, *w) for w in widths)
+
+    open_size = {1: torch.export.Dim("tokens", min=4, max=64)}
+    region, graph = region_of(function, values(24), [open_size for _ in widths])
+    names = [n.name for n in graph.nodes if n.op == "placeholder"]
+    kernel = TvmBackend().lower(region, HOST, next(iter(TvmBackend().space(region, HOST))))
+    for tokens in (24, 34, 8):
+        args = values(tokens)
+        ours = run_kernel(kernel, [args[names.index(n.name)] for n in region.inputs])
+        torch.testing.assert_close(ours, list(function(*args)))
 
 
 def test_sizes_do_not_grow_from_layer_to_layer() -> None:
