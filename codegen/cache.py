@@ -264,9 +264,9 @@ def _rebuild(
     structure, plan = json_parts["structure"], json_parts["plan"]
     specs = decode_structure(structure["in"], inputs=True), decode_structure(structure["out"], inputs=False)
     program = decode_program(json_parts["graph"], weights, *specs)
-    host = _target_of(facts)
+    host, budget = _target_of(facts), plan.get("weights budget")
     if host.device == "cuda" and is_here(host) and place_of(program).type == "cpu":
-        program = placed(program, torch.device("cuda", torch.cuda.current_device()))
+        program = placed(program, torch.device("cuda", torch.cuda.current_device()), weights=budget is None)
     foreign = _foreign(facts, host)
     counts = {str(k): int(v) for k, v in plan["counts"].items()}
     loader = _Loader(program, host, parts, tensors, native and foreign is None, counts)
@@ -281,7 +281,7 @@ def _rebuild(
         if counts != plan["counts"]:
             report["counts"] = {**report.get("counts", {}), **counts}
         report = decode_report(report) if decode_report is not None else report
-    result = Executable(program, choices, report=report, target=host)
+    result = Executable(program, choices, report=report, target=host, weights_budget=budget)
     result.counts.update(counts)
     return result
 

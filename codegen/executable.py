@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .pages import LARGE, on_large_pages
 from .save import save
 from .select import Choice
 from .source import Source, releases
+from .weight_store import WeightNames, WeightStore
 
 
 class Executable(torch.nn.Module):
@@ -38,21 +40,29 @@ class Executable(torch.nn.Module):
         model: the original module; attributes that the executable lacks are looked up on it.
         report: what the optimizer did.
         target: what the kernels were lowered for; this host's CPU if it is left out.
+        weights_budget: bytes of device memory for weights; those beyond it are kept in host memory and streamed, and
+            calls run one at a time and without CUDA graphs. None takes the weights as they lie.
         num_threads: threads of every call; None takes what `torch.set_num_threads` says at the call.
     """
 
     num_threads: int | None = None
 
     def __init__(self, program: Program, choices: Sequence[Choice], *, model: Any = None, report: Any = None,
-                 target: Target | None = None) -> None:  # fmt: skip
+                 target: Target | None = None, weights_budget: int | None = None) -> None:  # fmt: skip
         super().__init__()
-        self.target = target or targets.get("cpu")
+        self.target, self.weights_budget, self.weight_store = target or targets.get("cpu"), weights_budget, None
+        if weights_budget is not None:
+            self.weight_store = WeightStore(program, choices, weights_budget, place_of(program))
         self.program, self.choices, self.report = program, list(choices), report
         self.counts: dict[str, int] = {"eager fallbacks": 0}
         self.__dict__["_model"] = model
         self.device = place_of(program)
-        self._plain, self.source, self.premade = _assemble(program, self.choices, self.device)
+        self._plain, self.source, self.premade = _assemble(program, self.choices, self.device, self.weight_store)
         self._run = Graphs(self._plain, self.counts) if self.device.type == "cuda" else self._plain
+        if self.weight_store is not None:
+            self.program = program = replace(program, weights=self.weight_store.weights)
+            if self.weight_store.plan.loads:
+                self._run = self.weight_store.alone(self._plain)
         self._leaves = _plain_structure(program)
         self._unflatten = _result_builder(program)
         self._slots = [(s.slot, s.output) for s in program.state]
@@ -175,7 +185,8 @@ class Executable(torch.nn.Module):
 
     def save(self, path: str) -> None:
         """Write the artefact: one file with graph, weights, kernels, report and a checked manifest."""
-        save(self.program, self.choices, path, target=self.target, report=self.report, counts=self.counts)
+        save(self.program, self.choices, path, target=self.target, report=self.report, counts=self.counts,
+             weights_budget=self.weights_budget)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -241,8 +252,8 @@ def _detached(results: Sequence[Any], positions: Sequence[int]) -> list[Any]:
     return found
 
 
-def _assemble(program: Program, choices: Sequence[Choice],
-              device: torch.device) -> tuple[Callable[..., Any], str, frozenset[fx.Node]]:  # fmt: skip
+def _assemble(program: Program, choices: Sequence[Choice], device: torch.device,
+              store: WeightStore | None) -> tuple[Callable[..., Any], str, frozenset[fx.Node]]:  # fmt: skip
     """One function over the flat inputs that guards them, calls every kernel in order and returns the flat outputs.
 
     Also its text, and the nodes that no call computes: views that were made with the arena.
@@ -253,9 +264,8 @@ def _assemble(program: Program, choices: Sequence[Choice],
         names[node] = f"v{len(names)}"
         parameters.append(names[node])
     guard_source(source, program, parameters)
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            names[node] = source.bind(program.weights[str(node.target)], "w")
+    weights = WeightNames(source, program, store)
+    weights.begin(program, names)
     slots = plan(program, choices)
     if slots:
         verify(slots, [c.region for c in choices])
@@ -267,9 +277,11 @@ def _assemble(program: Program, choices: Sequence[Choice],
         arenas, block = None, {}
     outputs = [n for n in program.outputs if isinstance(n, fx.Node)]
     steps = [(list(c.region.inputs), list(c.region.outputs)) for c in choices]
-    dead = releases(steps, [*outputs, *(n for n in names if n.op == "get_attr")])
-    for choice, done in zip(choices, dead, strict=True):
-        _emit(source, choice, names, block, device)
+    dead = releases(steps, [*outputs, *(n for n in program.graph.nodes if n.op == "get_attr")])
+    for step, (choice, done) in enumerate(zip(choices, dead, strict=True)):
+        weights.before(step, names)
+        _emit(source, choice, names, block, device, [weights.bind(c) for c in choice.kernel.constants])
+        weights.after(step)
         dying = [names[n] for n in done if n not in block]
         if dying:
             source.lines.append(f"del {', '.join(dying)}")
@@ -285,7 +297,7 @@ def _assemble(program: Program, choices: Sequence[Choice],
 
 
 def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapping[fx.Node, str],
-          device: torch.device) -> None:  # fmt: skip
+          device: torch.device, constants: Sequence[str]) -> None:  # fmt: skip
     region, kernel = choice.region, choice.kernel
     if kernel.backend == "eager":
         for node in region.nodes:
@@ -301,7 +313,7 @@ def _emit(source: Source, choice: Choice, names: dict[fx.Node, str], block: Mapp
     for node in region.outputs:
         names[node] = block.get(node, f"v{len(names)}")
         made.append(names[node])
-    inputs = [names[n] for n in region.inputs] + [source.bind(c, "w") for c in kernel.constants]
+    inputs = [*(names[n] for n in region.inputs), *constants]
     if kernel.destinations is not None:
         fresh = [(names[n], d) for n, d in zip(region.outputs, kernel.destinations, strict=True) if n not in block]
         _emit_buffers(source, fresh, region.inputs, names, device)

@@ -37,6 +37,7 @@ def save(
     target: Target | None = None,
     report: Any = None,
     counts: Mapping[str, int] | None = None,
+    weights_budget: int | None = None,
 ) -> None:
     """Write a program and the kernels chosen for it as one file, whole or not at all.
 
@@ -44,6 +45,7 @@ def save(
         target: what the kernels were lowered for; this host's CPU if it is left out.
         report: the report, as a dictionary or with `to_dict`.
         counts: fallbacks and recompilations so far.
+        weights_budget: bytes of device memory that weights may take where the file is loaded.
 
     Raises:
         ArtefactError: the program holds something without a stored form (control flow, sparse weights, custom
@@ -55,7 +57,7 @@ def save(
     tensors = {f"weight:{name}": value for name, value in program.weights.items()}
     plan, libraries = _encode_plan(program, choices)
     weights, index = encode_tensors(tensors)
-    plan["counts"] = dict(counts or {})
+    plan |= {"counts": dict(counts or {}), "weights budget": weights_budget}
     report = report.to_dict() if hasattr(report, "to_dict") else report
     structure = {"in": encode_structure(program.in_spec), "out": encode_structure(program.out_spec)}
     documents = {"graph": graph, "plan": plan, "tensors": index, "structure": structure, "report": report}

@@ -28,7 +28,7 @@ from ..targets.folder import cache_folder
 from ..targets.measure_gpu import settled
 from ..targets.records import Records
 from ..targets.target import Target
-from .judge import Judge, compile_ahead, lower_and_judge, outputs_of, recorded
+from .judge import Judge, compile_ahead, lower_and_judge, lower_streamed, outputs_of, recorded
 from .kernels import kernel_rows
 from .pipeline import PASSES, run_passes
 from .quality import Quality, score
@@ -39,22 +39,12 @@ Progress = Callable[[str], None]
 
 @torch.random.fork_rng(devices=[])  # timing and checking must not move the user's random numbers
 def optimize(
-    model: torch.nn.Module | torch.export.ExportedProgram,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    target: str | Target = "cpu",
-    passes: Sequence[str | Pass] | None = None,
-    data: Sequence[Any] | None = None,
-    quality: Quality | None = None,
-    dynamic_shapes: Any = None,
-    limit: int | None = None,
-    level: str = "default",
-    budget: float = 120.0,
-    num_threads: int | None = None,
-    aot: bool = False,
-    progress: Progress | None = None,
-) -> Executable:
+    model: torch.nn.Module | torch.export.ExportedProgram, args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None, *, target: str | Target = "cpu", dynamic_shapes: Any = None,
+    passes: Sequence[str | Pass] | None = None, data: Sequence[Any] | None = None, quality: Quality | None = None,
+    limit: int | None = None, level: str = "default", budget: float = 120.0, num_threads: int | None = None,
+    aot: bool = False, device_memory: int | None = None, progress: Progress | None = None,
+) -> Executable:  # fmt: skip
     """A faster drop-in for `model` on `target`, with a report of what was done.
 
     Args:
@@ -72,6 +62,9 @@ def optimize(
         budget: seconds of trying candidate kernels, after which the likeliest are taken.
         num_threads: threads of the result, whatever `torch.set_num_threads` says when it is called.
         aot: compile for a GPU that need not be here, without measuring: the result is saved, and loaded where it is.
+        device_memory: bytes of a GPU's memory for weights, beside intermediate results. Those beyond it stay in host
+            memory and are copied while a call runs. The model must be on the CPU, where rewrites are checked and not
+            timed; the likeliest kernels are taken.
         progress: called with a short sentence at each step.
 
     Measurements are kept in the cache folder (see `TORCHLATHE_CACHE`): a second call with the same model measures
@@ -81,17 +74,22 @@ def optimize(
     Raises:
         CaptureError: the model cannot be captured as one graph.
         UnknownNameError: no pass or target of that name.
+        InputError: `device_memory` is too small for a step, the target is a CPU, or the model is not on the CPU.
     """
     start, tell = time.perf_counter(), progress or (lambda sentence: None)
     chosen, rewrites = _runnable(target, _checked(args, kwargs), aot), _chosen(passes)
+    if device_memory is not None:
+        args, kwargs, data = _on_the_host(model, chosen, device_memory, (args, kwargs, data))
     tell("capture")
     program = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     flat = pytree.tree_leaves((tuple(args), dict(kwargs or {}))) if args or kwargs else _example_of(model)
     original = model if isinstance(model, torch.nn.Module) else None
-    tuner = make_tuner("fast" if aot or (chosen.device == "cuda" and interpreted()) else level, budget)
+    measured = not aot and device_memory is None and not (chosen.device == "cuda" and interpreted())
+    tuner = make_tuner(level if measured else "fast", budget)
     with threads(num_threads):
         result = compile_program(program, flat, chosen, rewrites, original=original, data=data, quality=quality,
-                                 limit=limit, tuner=tuner, progress=tell, aot=aot)  # fmt: skip
+                                 limit=limit, tuner=tuner, progress=tell, aot=aot,
+                                 device_memory=device_memory)  # fmt: skip
         result.num_threads = num_threads
     result.report.model = type(model).__name__
     if original is not None and not program.state and tuner.level != "fast":
@@ -113,6 +111,7 @@ def compile_program(
     timed: bool = True,
     tuner: Tuner | None = None,
     aot: bool = False,
+    device_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Executable:
     """Rewrite and lower a captured program; the part that both doors share.
@@ -123,6 +122,7 @@ def compile_program(
         timed: judge rewrites by time as well as by answers.
         tuner: chooses kernels; one with the user's records by default.
         aot: compile kernels without running them.
+        device_memory: bytes of a GPU's memory for weights; the program and its inputs are in host memory then.
     """
     tuner = tuner or make_tuner()
     before, flat = program.text(), [_dense(v) for v in flat]
@@ -132,7 +132,9 @@ def compile_program(
     judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records, original=program,
                   batches=batches)  # fmt: skip
     best, steps, judge = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
-    if aot:
+    if device_memory is not None:
+        result, step, notes = lower_streamed(best, target, judge, device_memory, run=not aot)
+    elif aot:
         result, step, notes = compile_ahead(best, target)
     else:
         result, step, notes = lower_and_judge(best, target, judge, tuner, progress)
@@ -253,6 +255,21 @@ def _runnable(target: str | Target, example: Any, aot: bool) -> Target:
             next_step="use target='cpu' here; explain() works for every target",
         )
     return chosen
+
+
+def _on_the_host(model: Any, target: Target, device_memory: int, examples: Any) -> Any:
+    """The examples in host memory, where a model that exceeds the device is captured and rewritten."""
+    if target.device != "cuda":
+        raise InputError(f"device_memory is for GPUs, and the target {target.name} is a CPU",
+                         next_step="leave it out, or name a GPU as the target")  # fmt: skip
+    if device_memory < 1:
+        raise InputError(f"device_memory is {device_memory}", next_step="give the bytes that weights may take")
+    state = model.state_dict() if isinstance(model, torch.nn.Module) else model.state_dict
+    for name, value in state.items():
+        if isinstance(value, torch.Tensor) and value.device.type != "cpu":
+            raise InputError(f"{name} is on {value.device}, and device_memory is for models in host memory",
+                             next_step="pass model.cpu()")  # fmt: skip
+    return pytree.tree_map(lambda v: v.cpu() if isinstance(v, torch.Tensor) else v, examples)
 
 
 def make_tuner(level: str = "default", budget: float = 120.0) -> Tuner:

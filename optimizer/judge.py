@@ -12,10 +12,12 @@ import torch
 
 from ..codegen.executable import Executable
 from ..codegen.lower import lower, lower_ahead, lower_eager, trial
+from ..codegen.triton.compile import interpreted
 from ..codegen.tuner import Tuner
 from ..codegen.versions import fingerprint_of_code, versions
 from ..passes.base import Context, Fidelity, Pass
 from ..passes.errors import VerifyError
+from ..passes.placement import placed
 from ..passes.program import Program
 from ..passes.verify import reason_against, same_answers, well_formed
 from ..targets import cost
@@ -198,6 +200,48 @@ def compile_ahead(program: Program, target: Target) -> tuple[Executable, Step, l
     notes.append(f"compiled ahead of time for {target.name}: rewrites were checked on the CPU, kernels were not run")
     result = Executable(program, choices, target=target)
     return result, replace(step, kept=True, took=time.perf_counter() - start), notes
+
+
+def lower_streamed(
+    program: Program, target: Target, judge: Judge, budget: int, *, run: bool
+) -> tuple[Executable, Step, list[str]]:
+    """Lower the final program, which is in host memory, for a GPU that its weights may exceed.
+
+    Nothing is measured. Plain operators are taken if the likeliest kernels do not give the original's answers.
+
+    Args:
+        budget: bytes of device memory for weights.
+        run: whether the GPU is here, so that answers can be checked.
+    """
+    start = time.perf_counter()
+    if run and not interpreted():
+        program = placed(program, torch.device("cuda", torch.cuda.current_device()), weights=False)
+    choices, notes = lower_ahead(program, target)
+    sites = sum(c.kernel.backend != "eager" for c in choices)
+    step = Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
+    result = Executable(program, choices, target=target, weights_budget=budget)
+    reason = _wrong(result, judge) if run else ""
+    if reason:
+        del result  # and with it its device memory
+        result = Executable(program, lower_eager(program, target), target=target, weights_budget=budget)
+    assert result.weight_store is not None
+    made = result.weight_store.plan
+    notes.append(
+        f"weights: {made.resident} bytes stay on the device, each call copies {made.copied} bytes from host memory"
+        f" through a ring of {made.ring} bytes; rewrites and kernels were not timed"
+    )
+    return result, replace(step, kept=not reason, reason=reason, took=time.perf_counter() - start), notes
+
+
+def _wrong(result: Executable, judge: Judge) -> str:
+    """Why answers on the device are not those that the host gave; "" if they are."""
+    with repeatable():
+        found = result.measured([_moved(v, result.device) for v in judge.inputs])
+        return reason_against(result.program, [_moved(v, torch.device("cpu")) for v in found], judge.answers) or ""
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 def counts(program: Program, when: str) -> dict[str, Any]:

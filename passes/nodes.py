@@ -10,6 +10,11 @@ from torch import fx
 
 # operators that return views although their schema does not say so
 SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
+# operators that torch composes of others, and whose results are always new
+COMPUTING = frozenset(
+    """linear matmul conv1d conv2d conv3d scaled_dot_product_attention layer_norm group_norm rms_norm softmax
+    log_softmax""".split()
+)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -61,7 +66,8 @@ def may_share(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return True
-    if target._schema.name.split("::")[1] in SHARING:
+    if operator_name(node) in SHARING:
         return True
     annotated = any(a.alias_info is not None for a in (*target._schema.arguments, *target._schema.returns))
-    return annotated or torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    composed = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    return annotated or (composed and operator_name(node) not in COMPUTING)

@@ -22,10 +22,16 @@ def place_of(program: Program) -> torch.device:
     return device_of(n.meta.get("val") for n in program.graph.nodes if n.op in ("placeholder", "get_attr"))
 
 
-def placed(program: Program, device: torch.device) -> Program:
-    """The program with everything on a device; weights are copied there, the given program is not changed."""
+def placed(program: Program, device: torch.device, *, weights: bool = True) -> Program:
+    """The program with everything on a device; weights are copied there, the given program is not changed.
+
+    Args:
+        weights: False leaves the weights where they are, for what puts them in their place itself. Until then the
+            graph says that they are on the device, and the program does not run.
+    """
     moved = program.fork()
-    moved = replace(moved, weights={k: _moved(v, device) for k, v in moved.weights.items()})
+    if weights:
+        moved = replace(moved, weights={k: _moved(v, device) for k, v in moved.weights.items()})
 
     def renamed(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value
