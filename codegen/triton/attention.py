@@ -20,7 +20,7 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from ..plans.attention import OPERATOR, Attention, memory_order, plan
 from ..plans.rules import name_of
-from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, module, parts, power_of_two
 from .writer import Writer
 
 # queries, keys of a tile, warps, stages; the likelier first
@@ -148,32 +148,48 @@ class _Template:
 
     def code(self) -> Code:
         p, s = self.attention, self.schedule
-        rows, pack, splits = (int(s[k]) for k in ("queries", "pack", "splits"))
-        heads = sympy.Mul(*p.lead) / pack
-        count, split = len(p.tensors), splits > 1
+        splits, count = int(s["splits"]), len(p.tensors)
+        split = splits > 1
         texts = [(self.name, self._main())]
         tensors = tuple(range(count + 2 * split))
         warps, stages = int(s["warps"]), int(s["stages"])
-        tiles = parts(p.queries * pack, rows)
-        launches = [Launch(self.name, tensors, (tiles, heads, sympy.Integer(splits)), warps, stages)]
+        launches = [Launch(self.name, tensors, self._grid, warps, stages)]
         scratch = []
         if split:
-            area = (sympy.Integer(splits), heads, p.queries * pack)
+            area = (sympy.Integer(splits), self._heads, self._rows)
             last = sympy.Integer(p.value_features), sympy.Integer(2)
             scratch = [((*area, n), torch.float32) for n in last]
             texts.append((f"{self.name}_sum", self._join()))
-            launches.append(Launch(f"{self.name}_sum", tensors, (p.queries * pack, heads), 1))
+            launches.append(Launch(f"{self.name}_sum", tensors, (self._rows, self._heads), 1))
         for size in (e for launch in launches for e in launch.grid):
             self.sizes.text(size)  # grids may name sizes that no kernel reads
         parameters = [*(f"t{k}" for k in tensors), *self.sizes.parameters]
         return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
 
+    @property
+    def _heads(self) -> sympy.Expr:
+        """Heads, of which packed ones count once."""
+        return sympy.Mul(*self.attention.lead) / int(self.schedule["pack"])
+
+    @property
+    def _rows(self) -> sympy.Expr:
+        """Rows of a head: its queries, times the heads that are packed."""
+        return self.attention.queries * int(self.schedule["pack"])
+
+    @property
+    def _grid(self) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
+        """Tiles of queries, heads, parts of the keys."""
+        return (
+            parts(self._rows, int(self.schedule["queries"])),
+            self._heads,
+            sympy.Integer(int(self.schedule["splits"])),
+        )
+
     def _start(self, w: Writer, row: str) -> tuple[list[str], str]:
         """Indices of the head, and of the query, for packed rows [R, 1] (or a scalar)."""
         p, pack = self.attention, int(self.schedule["pack"])
-        cast = ".to(tl.int64)" if is_wide(p.tensors) else ""
         lead = [*p.lead[:-1], p.lead[-1] / pack]
-        digits = list(w.digits(w.let(f"tl.program_id(1){cast}", stem="head"), lead))
+        digits = list(w.digits("head", lead))
         if pack == 1:
             return digits, row
         queries = self.sizes.text(p.queries)
@@ -196,14 +212,15 @@ class _Template:
         p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})
         rows, splits, pack = (int(s[k]) for k in ("queries", "splits", "pack"))
         wide, own = power_of_two(max(16, p.features)), power_of_two(max(16, p.value_features))
-        w.line("tile = tl.program_id(0)")
+        for name, number in zip(("tile", "head", "part"), w.program(*self._grid), strict=True):
+            w.line(f"{name} = {number}")
         w.line(f"row = (tile * {rows} + tl.arange(0, {rows}))[:, None]")
         digits, query = self._start(w, "row")
         shared = list(digits)
         if pack > 1:  # keys and values do not depend on the row
-            shared = list(w.digits("tl.program_id(1)", [*p.lead[:-1], p.lead[-1] / pack]))
+            shared = list(w.digits("head", [*p.lead[:-1], p.lead[-1] / pack]))
             shared[-1] = f"({shared[-1]} * {pack})"
-        w.line(f"real = row < {self.sizes.text(p.queries * pack)}")
+        w.line(f"real = row < {self.sizes.text(self._rows)}")
         bases = {n: self._base(w, n, shared if n in ("key", "value") else digits) for n in p.position}
         w.line(f"down = tl.arange(0, {wide})[:, None]")
         w.line(f"feature = tl.arange(0, {wide})[None, :]")
@@ -233,7 +250,7 @@ class _Template:
             return
         if splits > 1:
             share = f"tl.cdiv(tl.cdiv({keys}, {block}), {splits}) * {block}"
-            first = w.let(f"tl.program_id(2) * ({share})")
+            first = w.let(f"part * ({share})")
             last = w.let(f"tl.minimum({first} + {share}, {keys})")
         elif p.causal:
             last = w.let(f"tl.minimum((tile + 1) * {rows}, {keys})")
@@ -313,20 +330,15 @@ class _Template:
             "peak = high",
         ]
 
-    def _area(self, row: str) -> str:
-        """Number of a row in scratch memory, without the part."""
-        p, pack = self.attention, int(self.schedule["pack"])
-        return f"(tl.program_id(1) * {self.sizes.text(p.queries * pack)} + {row})"
-
-    def _part(self) -> str:
-        p, pack = self.attention, int(self.schedule["pack"])
-        return self.sizes.text(sympy.Mul(*p.lead) / pack * p.queries * pack)
+    def _area(self, part: str) -> str:
+        """Number of a row in the scratch memory of a part."""
+        return f"({part} * {self.sizes.text(self._heads)} + head) * {self.sizes.text(self._rows)} + row"
 
     def _leave(self, w: Writer, own: int) -> None:
         """Write the sums, the maximum and the total of one part."""
         p = self.attention
         k, features = len(p.tensors), p.value_features
-        w.line(f"area = tl.program_id(2) * {self._part()} + {self._area('row')}")
+        w.line(f"area = {self._area('part')}")
         w.line(f"tl.store(t{k} + area * {features} + own, sums, mask=real & (own < {features}))")
         w.line(f"tl.store(t{k + 1} + area * 2, peak, mask=real)")
         w.line(f"tl.store(t{k + 1} + area * 2 + 1, total, mask=real)")
@@ -336,12 +348,13 @@ class _Template:
         p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})
         splits, k, features = int(s["splits"]), len(p.tensors), p.value_features
         most, own = power_of_two(splits), power_of_two(features)
-        w.line("row = tl.program_id(0)")
+        for name, number in zip(("row", "head"), w.program(self._rows, self._heads), strict=True):
+            w.line(f"{name} = {number}")
         digits, query = self._start(w, "row")
         base = self._base(w, "output", digits)
         w.line(f"own = tl.arange(0, {own})[None, :]")
         w.line(f"part = tl.arange(0, {most})[:, None]")
-        w.line(f"area = part * {self._part()} + {self._area('row')}")
+        w.line(f"area = {self._area('part')}")
         w.line(f"known = part < {splits}")
         w.line(f'peak = tl.load(t{k + 1} + area * 2, mask=known, other=float("-inf"))')
         w.line(f"total = tl.load(t{k + 1} + area * 2 + 1, mask=known, other=0)")

@@ -150,7 +150,7 @@ class TritonBackend:
         except Unsupported as reason:
             raise LowerError(str(reason), node=region.nodes[0].name, by=self.name) from reason
         return Kernel(
-            name, self.name, runner(code, binaries, target), buffers, constants=constants,
+            name, self.name, runner(code, binaries, target, len(region.outputs)), buffers, constants=constants,
             source=code.text, schedule=schedule,
             flops=plan.flops, outputs=len(region.outputs), bytes=sum(_bytes(t) for t in plan.tensors),
             asm=_asm(binaries), spills=max((b.spills for b in binaries if b), default=0),

@@ -28,7 +28,7 @@ class Launch:
     Attributes:
         function: its name in the text; "" lets torch's own product of two matrices write the third tensor.
         tensors: which tensors it takes, in order: numbers of the parameters, scratch tensors after them.
-        grid: programs along up to three dimensions, as expressions of the sizes.
+        grid: programs along the axes that `Writer.program` numbers, as expressions of the sizes.
         warps: groups of threads of one program.
         stages: depth of the software pipeline.
         turned: for torch's product: whether the second matrix is transposed.

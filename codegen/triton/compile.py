@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
+import math
 import os
 import re
 import subprocess
@@ -123,11 +124,13 @@ class Runner:
         code: the kernels.
         target: what they were compiled for.
         binaries: one per launch; None for what is interpreted, and for torch's own products.
+        outputs: how many of the last parameters are written.
     """
 
     code: Code
     target: Target
     binaries: Sequence[Binary | None]
+    outputs: int
     _grids: list[Any] = field(default_factory=list, repr=False)
     _scratch: list[Any] = field(default_factory=list, repr=False)
 
@@ -157,18 +160,21 @@ class Runner:
                 right = right.t() if launch.turned else right
                 torch.mm(left.view(-1, right.shape[0]), right, out=result)
                 continue
-            self._launch(k, (*grid, 1, 1)[:3], (*(taken[t] for t in launch.tensors), *sizes))
+            self._launch(k, math.prod(grid), (*(taken[t] for t in launch.tensors), *sizes))
+        for given, written in list(zip(tensors, taken, strict=False))[len(tensors) - self.outputs :]:
+            if given is not written:
+                given.copy_(written)
 
-    def _launch(self, number: int, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    def _launch(self, number: int, programs: int, arguments: tuple[Any, ...]) -> None:
         if self.binaries[number] is None:
-            _namespace(self.code.text)[self.code.launches[number].function][grid](*arguments)
+            _namespace(self.code.text)[self.code.launches[number].function][(programs,)](*arguments)
             return
         compiled = self.binaries[number].compiled  # type: ignore[union-attr]
         if compiled.metadata.global_scratch_size:  # where descriptors are built
             self._provide_scratch()
         stream = _stream(arguments[0].device.index)
         run = compiled.run  # loads the machine code
-        run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
     @staticmethod
     def _provide_scratch() -> None:
@@ -190,9 +196,9 @@ def _stream(index: int) -> int:
     return int(torch._C._cuda_getCurrentRawStream(index))
 
 
-def runner(code: Code, binaries: Sequence[Binary | None], target: Target) -> Callable[..., None]:
+def runner(code: Code, binaries: Sequence[Binary | None], target: Target, outputs: int) -> Callable[..., None]:
     """What calls the kernels of a region, or says that their GPU is not in this host."""
-    return Runner(code, target, binaries) if interpreted() or is_here(target) else absent(target)
+    return Runner(code, target, binaries, outputs) if interpreted() or is_here(target) else absent(target)
 
 
 def absent(target: Target) -> Callable[..., None]:

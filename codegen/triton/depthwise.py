@@ -18,7 +18,7 @@ from ..base import Schedule
 from ..plans.conv import Convolution
 from ..plans.layout import Access
 from ..plans.tail import Tail
-from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, module, parts, power_of_two
 from .taps import corner, inside, tap_lines, tap_offset
 from .writer import Place, Writer
 
@@ -77,11 +77,12 @@ class DepthwiseLowering:
         conv, tail, sizes = self.conv, self.tail, Sizes(self.tail.tensors)
         w = Writer(sizes, tail.tensors, tail.loads)
         height, width = int(schedule["rows"]), int(schedule["columns"])
-        cast = ".to(tl.int64)" if is_wide(tail.tensors) else ""
         extents = [conv.images, *map(sympy.Integer, conv.result)]
         rows = sympy.Mul(*extents)
-        row = w.let(f"tl.program_id(0){cast} * {height} + tl.arange(0, {height})[:, None]", stem="row")
-        w.line(f"column = tl.program_id(1) * {width} + tl.arange(0, {width})[None, :]")
+        grid = parts(rows, height), parts(sympy.Integer(conv.channels), width)
+        down, side = w.program(*grid)
+        row = w.let(f"{down} * {height} + tl.arange(0, {height})[:, None]", stem="row")
+        w.line(f"column = {side} * {width} + tl.arange(0, {width})[None, :]")
         real = w.let(f"{row} < {sizes.text(rows)}", stem="inside")
         across = w.let(f"column < {conv.channels}", stem="inside") if conv.channels % width else None
         place = Place(w.digits(row, extents), "column", real, across)
@@ -92,7 +93,6 @@ class DepthwiseLowering:
             w.store(o.access, place, w.value(o.value, place))
         count = len(tail.tensors)
         parameters = [*(f"t{k}" for k in range(count)), *sizes.parameters]
-        grid = (parts(rows, height), parts(sympy.Integer(conv.channels), width))
         launch = Launch(name, tuple(range(count)), grid, int(schedule["warps"]))
         return sizes.code(module([function(name, parameters, w.blocks[0].lines)]), [launch])
 

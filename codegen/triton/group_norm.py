@@ -20,7 +20,7 @@ from ..plans.group_norm import GroupNorm, plan
 from ..plans.layout import expression, merge
 from ..plans.rules import name_of
 from ..plans.values import bound
-from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, module, parts, power_of_two
 from .writer import Place, Writer, load
 
 RESIDENT = 8192  # elements of a group that one program holds at once
@@ -157,18 +157,25 @@ class _Template:
         taken = tuple(range(count + (splits > 1)))
         parameters = [*(f"t{k}" for k in taken), *self.sizes.parameters]
         text = module([function(name, parameters, w.blocks[0].lines) for name, w in written.items()])
-        grid, warps = (programs, sympy.Integer(splits)), int(self.schedule["warps"])
-        return self.sizes.code(text, [Launch(name, taken, grid, warps) for name in written], scratch)
+        warps = int(self.schedule["warps"])
+        return self.sizes.code(text, [Launch(name, taken, self._grid, warps) for name in written], scratch)
+
+    @property
+    def _grid(self) -> tuple[sympy.Expr, sympy.Expr]:
+        """Groups of all images, and shares of a group."""
+        return self.norm.extents[0] * self.norm.groups, sympy.Integer(int(self.schedule["splits"]))
 
     def _start(self) -> Writer:
         """A kernel that knows its image and group, and its share of the tiles."""
         tensors = self.norm.tail.tensors
         w = Writer(self.sizes, tensors, self.norm.tail.loads)
-        cast = ".to(tl.int64)" if is_wide(tensors) else ""
-        w.line(f"image = tl.program_id(0){cast} // {self.norm.groups}")
-        w.line(f"group = tl.program_id(0){cast} % {self.norm.groups}")
+        both, split = w.program(*self._grid)
+        w.line(f"both = {both}")
+        w.line(f"image = both // {self.norm.groups}")
+        w.line(f"group = both % {self.norm.groups}")
         steps, share = self.sizes.text(self._steps), self.sizes.text(self._share)
-        w.line(f"first = tl.program_id(1) * {share}")
+        w.line(f"split = {split}")
+        w.line(f"first = split * {share}")
         w.line(f"last = tl.minimum(first + {share}, {steps})")
         return w
 
@@ -193,8 +200,7 @@ class _Template:
     def _leave(self, w: Writer) -> Writer:
         """The statistics of a share."""
         self._statistics(w)
-        w.line(f"left = t{len(self.norm.tail.tensors)} + (tl.program_id(0) * {self.schedule['splits']}"
-               " + tl.program_id(1)) * 2")  # fmt: skip
+        w.line(f"left = t{len(self.norm.tail.tensors)} + (both * {self.schedule['splits']} + split) * 2")
         w.line("tl.store(left, centre)")
         w.line("tl.store(left + 1, spread)")
         return w
@@ -204,7 +210,7 @@ class _Template:
         splits, size = int(self.schedule["splits"]), self.sizes.text(self.size)
         each = self._share * self._block
         w.line(f"part = tl.arange(0, {power_of_two(splits)})")
-        w.line(f"left = t{len(self.norm.tail.tensors)} + (tl.program_id(0) * {splits} + part) * 2")
+        w.line(f"left = t{len(self.norm.tail.tensors)} + (both * {splits} + part) * 2")
         w.line(f"centre = tl.load(left, mask=part < {splits}, other=0)")
         w.line(f"spread = tl.load(left + 1, mask=part < {splits}, other=0)")
         w.line(f"number = tl.maximum(tl.minimum({size} - part * {self.sizes.text(each)}, {self.sizes.text(each)}), 0)")

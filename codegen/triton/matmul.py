@@ -175,7 +175,7 @@ class Template:
         warps, stages = int(self.schedule["warps"]), int(self.schedule["stages"])
         count = len(p.tail.tensors)
         parameters = tuple(range(count + (splits > 1)))
-        grid = (sympy.Integer(programs) if programs else tiles, batches * splits)
+        grid = (sympy.Integer(programs),) if programs else (tiles, sympy.Integer(splits), batches)
         texts = [(self.name, self._main(splits))]
         launches = [Launch(self.name, parameters, grid, warps, stages)]
         if splits == 1:
@@ -211,17 +211,18 @@ class Template:
         cast = ".to(tl.int64)" if is_wide(p.tail.tensors) else ""
         rows, columns = self.sizes.text(p.rows), self.sizes.text(p.columns)
         head = self._descriptors() if bool(s["tma"]) else []
+        tiles, batches = parts(p.rows, height) * parts(p.columns, width), sympy.Mul(*p.extents[: p.batch])
+        split, batch = "0", "0"
         if not programs:
-            w.line("tile = tl.program_id(0)")
+            tile, split, batch = w.program(tiles, splits, batches)
+            w.line(f"tile = {tile}")
         _tiles(w, rows, columns, height, width)
-        second = w.let("tl.program_id(1)", stem="p")
-        split, batch = ("0", second) if splits == 1 else (w.let(f"{second} % {splits}"), w.let(f"{second} // {splits}"))
         outer = w.digits(batch, p.extents[: p.batch])
         w.line(f"row = (tile_row * {height} + tl.arange(0, {height}))[:, None]{cast}")
         w.line(f"column = (tile_column * {width} + tl.arange(0, {width}))[None, :]{cast}")
         self._accumulate(w, outer, split, splits)
         if splits > 1:
-            area = f"(({split} * {self.sizes.text(sympy.Mul(*p.extents[: p.batch]))} + {batch}) * {rows} + row)"
+            area = f"(({split} * {self.sizes.text(batches)} + {batch}) * {rows} + row)"
             inside = f"(row < {rows}) & (column < {columns})"
             w.line(f"tl.store(t{len(p.tail.tensors)} + {area} * {columns} + column, sums, mask={inside})")
         else:
@@ -229,8 +230,7 @@ class Template:
         body = w.blocks[0].lines
         if not programs:
             return [*head, *body]
-        tiles = self.sizes.text(parts(p.rows, height) * parts(p.columns, width))
-        return [*head, f"for tile in tl.range(tl.program_id(0), {tiles}, {programs}, flatten=True):",
+        return [*head, f"for tile in tl.range(tl.program_id(0), {self.sizes.text(tiles)}, {programs}, flatten=True):",
                 *(f"    {line}" for line in body)]  # fmt: skip
 
     def _finish(self, w: Writer, outer: Sequence[str], row: str, column: str, sums: str) -> None:
@@ -301,16 +301,15 @@ class Template:
         """Adds up the parts of a split depth, and computes what follows."""
         p, w = self.product, self._writer()
         rows, columns = self.sizes.text(p.rows), self.sizes.text(p.columns)
-        batches = self.sizes.text(sympy.Mul(*p.extents[: p.batch]))
-        cast = ".to(tl.int64)" if is_wide(p.tail.tensors) else ""
-        batch = w.let("tl.program_id(1)", stem="p")
+        batches = sympy.Mul(*p.extents[: p.batch])
+        share, batch = w.program(parts(p.rows * p.columns, SHARE), batches)
         outer = w.digits(batch, p.extents[: p.batch])
-        w.line(f"at = tl.program_id(0){cast} * {SHARE} + tl.arange(0, {SHARE})[None, :]")
+        w.line(f"at = {share} * {SHARE} + tl.arange(0, {SHARE})[None, :]")
         w.line(f"row = at // {columns}")
         w.line(f"column = at % {columns}")
         w.line(f"sums = tl.zeros([1, {SHARE}], tl.float32)")
         w.line(f"for part in tl.static_range({splits}):")
-        w.line(f"    area = (part * {batches} + {batch}) * {rows} * {columns} + at")
+        w.line(f"    area = (part * {self.sizes.text(batches)} + {batch}) * {rows} * {columns} + at")
         part = f"tl.load(t{len(p.tail.tensors)} + area, mask=row < {rows}, other=0)"
         w.line(f"    sums += {part}.to(tl.float32)")
         self._finish(w, outer, "row", "column", "sums")

@@ -13,7 +13,7 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from ..plans.rows import Plan, elements, make
 from ..plans.rules import name_of
-from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, module, parts, power_of_two
 from .writer import COMBINE, NEUTRAL, Block, Place, Writer, masked, reduced
 
 VIEWS = frozenset(("unsqueeze", "squeeze", "permute", "transpose", "slice", "select", "expand"))
@@ -90,22 +90,21 @@ class RowLowering:
         writer = Writer(sizes, plan.tensors, plan.loads)
         rows, columns = sympy.Mul(*plan.extents[:-1]), plan.extents[-1]
         looped = bool(plan.reductions) and int(columns) > width
-        cast = ".to(tl.int64)" if is_wide(plan.tensors) else ""
-        row = writer.let(f"tl.program_id(0){cast} * {height} + tl.arange(0, {height})[:, None]", stem="row")
+        grid = parts(rows, height), sympy.Integer(1) if plan.reductions else parts(columns, width)
+        down, across = writer.program(*grid)
+        row = writer.let(f"{down} * {height} + tl.arange(0, {height})[:, None]", stem="row")
         digits = writer.digits(row, plan.extents[:-1])
         place = Place(digits, "column", writer.let(f"{row} < {sizes.text(rows)}", stem="inside"))
         if looped:
             _looped(writer, plan, place, height, width)
         else:
-            start = "0" if plan.reductions else f"tl.program_id(1){cast} * {width}"
+            start = "0" if plan.reductions else f"{across} * {width}"
             writer.line(f"column = {start} + tl.arange(0, {width})[None, :]")
             if plan.reductions or not (columns.is_Integer and int(columns) % width == 0):
                 place = replace(place, columns=writer.let(f"column < {sizes.text(columns)}", stem="inside"))
             for o in plan.outputs:
                 at = replace(place, columns=None) if o.per_row else place
                 writer.store(o.access, at, writer.value(o.value, place), o.per_row)
-        across = sympy.Integer(1) if plan.reductions else parts(columns, width)
-        grid = (parts(rows, height), across)
         parameters = [*(f"t{k}" for k in range(len(plan.tensors))), *sizes.parameters]
         text = module([function(name, parameters, writer.blocks[0].lines)])
         launch = Launch(name, tuple(range(len(plan.tensors))), grid, int(schedule["warps"]))

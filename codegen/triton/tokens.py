@@ -23,7 +23,7 @@ from ..plans import tokens
 from ..plans.layout import Access
 from ..plans.tokens import Best, Merge
 from ..plans.values import Unsupported
-from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, module, parts, power_of_two
 from .writer import Place, Writer
 
 TILES = ((32, 64, 4), (32, 32, 4), (64, 64, 8), (16, 64, 2))  # even tokens, odd tokens, warps; the likelier first
@@ -100,7 +100,7 @@ class BestLowering(_Lowering):
         """The kernel: one program chooses for one sample."""
         p, sizes = self.plan, Sizes(self.plan.tensors)
         w = Writer(sizes, p.tensors, {})
-        _sample(w, p, "tl.program_id(0)")
+        _start(w, p)
         w.line(f"token = tl.arange(0, {power_of_two(p.tokens)})")
         w.line(f"exists = token < {p.tokens}")
         w.line(_load("score", w, p.score, ("sample",), "token", "exists", 'float("-inf")') + ".to(tl.float32)")
@@ -150,7 +150,7 @@ class _Template:
         self.sizes = Sizes(self.merge.tensors)
 
     def code(self) -> Code:
-        m, batch = self.merge, self.merge.batch
+        m, batch, even = self.merge, self.merge.batch, sympy.Integer(self.merge.even)
         self.rows, self.columns = (self._tensor(torch.float64, n, m.compared) for n in (m.even, m.odd))
         self.best = self._tensor(torch.float32, m.even)
         self.partner, self.goal = (self._tensor(torch.int32, m.even) for _ in range(2))
@@ -160,14 +160,14 @@ class _Template:
         height = max(1, min(RUN // wide, power_of_two(m.left), 8 * MOST // power_of_two(m.even)))
         across = parts(sympy.Integer(m.features), wide) if m.outputs[0] is not None else sympy.Integer(1)
         found = [
-            (self._measure(), Launch(f"{self.name}_measure", tensors, (batch * -(-m.even // PANEL[0]),))),
-            (self._match(rows), Launch(f"{self.name}_match", tensors, (batch * -(-m.even // rows),),
+            (self._measure(), Launch(f"{self.name}_measure", tensors, (parts(even, PANEL[0]), batch))),
+            (self._match(rows), Launch(f"{self.name}_match", tensors, (parts(even, rows), batch),
                                        int(self.schedule["warps"]))),
             (self._choose(), Launch(f"{self.name}_choose", tensors, (batch,), _warps(power_of_two(m.even)))),
         ]  # fmt: skip
         if any(m.outputs[k] is not None for k in (0, 1, 3)):
-            launch = Launch(f"{self.name}_average", tensors, (batch * -(-m.left // height), across))
-            found.append((self._average(height, wide), launch))
+            launch = Launch(f"{self.name}_average", tensors, (across, parts(sympy.Integer(m.left), height), batch))
+            found.append((self._average(height, wide, across), launch))
         parameters = [*(f"t{k}" for k in tensors), *self.sizes.parameters]
         text = module([function(launch.function, parameters, lines) for lines, launch in found])
         return self.sizes.code(text, [launch for _, launch in found], self.scratch)
@@ -177,17 +177,16 @@ class _Template:
         self.scratch.append(((self.merge.batch, *map(sympy.Integer, sizes)), dtype))
         return f"t{len(self.merge.tensors) + len(self.scratch) - 1}"
 
-    def _writer(self, program: str) -> Writer:
+    def _writer(self, *grid: sympy.Expr | int) -> tuple[Writer, list[str]]:
+        """A kernel of one sample, and the numbers of its program in a grid inside the sample."""
         w = Writer(self.sizes, self.merge.tensors, {})
-        _sample(w, self.merge, program)
-        return w
+        return w, _start(w, self.merge, *grid)
 
     def _measure(self) -> list[str]:
         """Metrics in float64, divided by their lengths; those of odd tokens as columns."""
         m, (height, wide) = self.merge, PANEL
-        tiles = -(-m.even // height)
-        w = self._writer(f"tl.program_id(0) // {tiles}")
-        w.line(f"half = (tl.program_id(0) % {tiles} * {height} + tl.arange(0, {height}))[:, None]")
+        w, (tile,) = self._writer(-(-m.even // height))
+        w.line(f"half = ({tile} * {height} + tl.arange(0, {height}))[:, None]")
         where = (f"{self.rows} + (sample * {m.even} + half) * {m.compared} + feature",
                  f"{self.columns} + (sample * {m.compared} + feature) * {m.odd} + half")  # fmt: skip
         for odd in (0, 1):
@@ -205,9 +204,9 @@ class _Template:
 
     def _match(self, rows: int) -> list[str]:
         """Of some even tokens: the most similar odd one."""
-        m, columns, tiles = self.merge, int(self.schedule["columns"]), -(-self.merge.even // rows)
-        w = self._writer(f"tl.program_id(0) // {tiles}")
-        w.line(f"row = (tl.program_id(0) % {tiles} * {rows} + tl.arange(0, {rows}))[:, None]")
+        m, columns = self.merge, int(self.schedule["columns"])
+        w, (tile,) = self._writer(-(-m.even // rows))
+        w.line(f"row = ({tile} * {rows} + tl.arange(0, {rows}))[:, None]")
         w.line(f"exists = row < {m.even}")
         w.line(f"left = {self.rows} + (sample * {m.even} + tl.minimum(row, {m.even - 1})) * {m.compared}")
         if m.valid is not None:
@@ -250,7 +249,7 @@ class _Template:
 
     def _choose(self) -> list[str]:
         """Of one sample: which even tokens go, and where the others are afterwards."""
-        m, w = self.merge, self._writer("tl.program_id(0)")
+        m, (w, _) = self.merge, self._writer()
         w.line(f"half = tl.arange(0, {power_of_two(m.even)})")
         w.line(f"exists = half < {m.even}")
         w.line(f"at = sample * {m.even} + half")
@@ -270,11 +269,11 @@ class _Template:
             w.line(f"tl.store({where} + 1, odd, mask=another)")
         return w.blocks[0].lines
 
-    def _average(self, height: int, wide: int) -> list[str]:
+    def _average(self, height: int, wide: int, across: sympy.Expr) -> list[str]:
         """Of some tokens that are left: sizes, and means of those that make them up, weighted by size."""
-        m, tiles, most = self.merge, -(-self.merge.left // height), power_of_two(self.merge.even)
-        w = self._writer(f"tl.program_id(0) // {tiles}")
-        w.line(f"row = (tl.program_id(0) % {tiles} * {height} + tl.arange(0, {height}))[:, None]")
+        m, most = self.merge, power_of_two(self.merge.even)
+        w, (side, tile) = self._writer(across, -(-m.left // height))
+        w.line(f"row = ({tile} * {height} + tl.arange(0, {height}))[:, None]")
         w.line(f"inside = row < {m.left}")
         w.line(f"token = tl.load({self.kept} + sample * {m.left} + row, mask=inside, other=0).to(tl.int32)")
         w.line(f"half = tl.arange(0, {most})[None, :]")
@@ -293,7 +292,7 @@ class _Template:
         if m.outputs[1] is not None:
             w.line(f"tl.store(t{m.outputs[1]} + sample * {m.left} + row, total, mask=inside)")
         if m.outputs[0] is not None:
-            w.line(f"feature = tl.program_id(1) * {wide} + tl.arange(0, {wide})[None, :]")
+            w.line(f"feature = {side} * {wide} + tl.arange(0, {wide})[None, :]")
             known = f" & (feature < {m.features})" if m.features % wide else ""
             w.line(_load("x", w, m.input, ("sample", "token"), "feature", f"inside{known}", "0"))
             w.line("sums = x.to(tl.float32) * (own / total)")
@@ -318,9 +317,12 @@ def _loop(w: Writer, end: int, step: int, each: Sequence[str]) -> None:
         w.line(f"    {line}")
 
 
-def _sample(w: Writer, plan: Best | Merge, text: str) -> None:
+def _start(w: Writer, plan: Best | Merge, *grid: sympy.Expr | int) -> list[str]:
+    """Say which sample this is; the numbers of the program in a grid inside the sample."""
     w.sizes.text(plan.batch)  # the grid depends on it
-    w.line(f"sample = {text}" if not is_wide(plan.tensors) else f"sample = ({text}).to(tl.int64)")
+    *inside, sample = w.program(*grid, plan.batch)
+    w.line(f"sample = {sample}")
+    return inside
 
 
 def _load(name: str, w: Writer, access: Access, digits: tuple[str, ...], column: str, mask: str, other: str) -> str:

@@ -103,13 +103,13 @@ class WindowLowering:
         height, width, spread = int(schedule["rows"]), int(schedule["columns"]), bool(schedule["spread"])
         cast = ".to(tl.int64)" if is_wide(tensors) else ""
         rows = sympy.Mul(*found.extents[:-1])
+        grid = rows if spread else parts(rows, height), parts(sympy.Integer(found.columns), width)
+        row, side = w.program(*grid)
         real = None
-        if spread:
-            row = w.let(f"tl.program_id(0){cast}", stem="row")
-        else:
-            row = w.let(f"tl.program_id(0){cast} * {height} + tl.arange(0, {height})[:, None]", stem="row")
+        if not spread:
+            row = w.let(f"{row} * {height} + tl.arange(0, {height})[:, None]", stem="row")
             real = w.let(f"{row} < {sizes.text(rows)}", stem="inside")
-        w.line(f"column = tl.program_id(1){cast} * {width} + tl.arange(0, {width})[None, :]")
+        w.line(f"column = {side} * {width} + tl.arange(0, {width})[None, :]")
         across = w.let(f"column < {found.columns}", stem="inside") if found.columns % width else None
         place = Place(w.digits(row, found.extents[:-1]), "column", real, across)
         self._reduce(w, place, height, width, spread, cast)
@@ -117,7 +117,6 @@ class WindowLowering:
         for o in found.tail.outputs:
             w.store(o.access, place, w.value(o.value, place))
         parameters = [*(f"t{k}" for k in range(len(tensors))), *sizes.parameters]
-        grid = (rows if spread else parts(rows, height), parts(sympy.Integer(found.columns), width))
         launch = Launch(name, tuple(range(len(tensors))), grid, int(schedule["warps"]))
         return sizes.code(module([function(name, parameters, w.blocks[0].lines)]), [launch])
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sympy
 import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
@@ -18,6 +21,8 @@ from torchlathe import targets
 from torchlathe.codegen.trial import run_kernel
 from torchlathe.codegen.triton import rows
 from torchlathe.codegen.triton.backend import TritonBackend
+from torchlathe.codegen.triton.code import Sizes
+from torchlathe.codegen.triton.writer import Writer
 from torchlathe.passes import ops
 
 INF, NAN = math.inf, math.nan
@@ -102,6 +107,29 @@ def test_every_schedule_of_a_pointwise_region() -> None:
 def test_expanded_inputs() -> None:
     x, y = torch.randn(4, 1, 6).expand(4, 5, 6), torch.randn(1).expand(4, 5, 6)
     assert agree(lambda x, y: x.exp() * y, x, y)
+
+
+def test_outputs_at_an_odd_address() -> None:
+    x = torch.randn(5, 7)
+    region, _ = alone(torch.exp, (x,))
+    backend, row = TritonBackend(), targets.get("nvidia-sm90")
+    kernel = backend.lower(region, row, next(iter(backend.space(region, row))))
+    memory = torch.zeros(37)
+    kernel.call(x, memory[1:36].view(5, 7))
+    assert torch.allclose(memory[1:36].view(5, 7), x.exp()) and memory[0] == memory[36] == 0
+
+
+@pytest.mark.parametrize("grid", [(3, 1, 4), (5,), (1, 1), (2, 3, 2), (1, 4)])
+def test_programs_count_the_axes_of_a_grid(grid: tuple[int, ...]) -> None:
+    seen = []
+    for number in range(math.prod(grid)):
+        writer = Writer(Sizes([]), [], {})
+        names = writer.program(*map(sympy.Integer, grid))
+        known: dict[str, Any] = {"tl": SimpleNamespace(program_id={0: number}.__getitem__)}  # the launch has one axis
+        exec("\n".join(writer.blocks[0].lines), known)
+        seen.append(tuple(eval(name, known) for name in names))
+    fastest_last = itertools.product(*(range(n) for n in reversed(grid)))
+    assert seen == [tuple(reversed(digits)) for digits in fastest_last]
 
 
 def test_expanded_inputs_at_an_odd_address() -> None:
