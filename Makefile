@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2 # processes that share the tests
 
 .PHONY: demo test test-slow dev types lint floors golden bench bench-gpu docs wheel clean
 
@@ -9,12 +10,12 @@ demo: $(VENV)/.bench
 	$(BIN)/python examples/sentence_embeddings.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m "not slow" tests/interpreted
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" tests/interpreted
 
 test-slow: $(VENV)/.dev
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -x -m slow tests/interpreted
-	$(BIN)/python -m pytest -x -m slow
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -x -m slow tests/interpreted
+	$(BIN)/python -m pytest -n $(WORKERS) -x -m slow
 
 dev: $(VENV)/.dev
 

@@ -20,9 +20,11 @@ if importlib.util.find_spec("torchlathe") is None:
     sys.modules["torchlathe"] = module
     spec.loader.exec_module(module)
 
-if "TORCHLATHE_CACHE" not in os.environ:  # what other runs measured must not decide what is tested
-    os.environ["TORCHLATHE_CACHE"] = tempfile.mkdtemp(prefix="torchlathe-tests-")
-    atexit.register(shutil.rmtree, os.environ["TORCHLATHE_CACHE"], ignore_errors=True)
+# What other runs and the tests of another process measured must not decide what is tested.
+os.environ["TORCHLATHE_CACHE"] = tempfile.mkdtemp(prefix="torchlathe-tests-")
+atexit.register(shutil.rmtree, os.environ["TORCHLATHE_CACHE"], ignore_errors=True)
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for work must not keep another process from its own
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 
 
 def pytest_addoption(parser):

@@ -185,16 +185,16 @@ class _Template:
             sympy.Integer(int(self.schedule["splits"])),
         )
 
-    def _start(self, w: Writer, row: str) -> tuple[list[str], str]:
-        """Indices of the head, and of the query, for packed rows [R, 1] (or a scalar)."""
+    def _start(self, w: Writer, row: str) -> tuple[list[str], list[str], str]:
+        """Indices of the first packed head, of a row's head, and of its query; a row is [R, 1] or a scalar."""
         p, pack = self.attention, int(self.schedule["pack"])
-        lead = [*p.lead[:-1], p.lead[-1] / pack]
-        digits = list(w.digits("head", lead))
+        *outer, last = w.digits("head", [*p.lead[:-1], p.lead[-1] / pack])
         if pack == 1:
-            return digits, row
+            return [*outer, last], [*outer, last], row
         queries = self.sizes.text(p.queries)
-        digits[-1] = w.let(f"{digits[-1]} * {pack} + {row} // {queries}")
-        return digits, w.let(f"{row} % {queries}")
+        first = w.let(f"{last} * {pack}")
+        own = w.let(f"{first} + {row} // {queries}") if queries != "1" else w.let(f"{first} + {row}")
+        return [*outer, first], [*outer, own], w.let(f"{row} % {queries}") if queries != "1" else "0"
 
     def _base(self, w: Writer, tensor: str, digits: Sequence[str]) -> str:
         terms = []
@@ -210,16 +210,12 @@ class _Template:
 
     def _main(self) -> list[str]:
         p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})
-        rows, splits, pack = (int(s[k]) for k in ("queries", "splits", "pack"))
+        rows, splits = (int(s[k]) for k in ("queries", "splits"))
         wide, own = power_of_two(max(16, p.features)), power_of_two(max(16, p.value_features))
         for name, number in zip(("tile", "head", "part"), w.program(*self._grid), strict=True):
             w.line(f"{name} = {number}")
         w.line(f"row = (tile * {rows} + tl.arange(0, {rows}))[:, None]")
-        digits, query = self._start(w, "row")
-        shared = list(digits)
-        if pack > 1:  # keys and values do not depend on the row
-            shared = list(w.digits("head", [*p.lead[:-1], p.lead[-1] / pack]))
-            shared[-1] = f"({shared[-1]} * {pack})"
+        shared, digits, query = self._start(w, "row")  # keys and values do not depend on the row
         w.line(f"real = row < {self.sizes.text(self._rows)}")
         bases = {n: self._base(w, n, shared if n in ("key", "value") else digits) for n in p.position}
         w.line(f"down = tl.arange(0, {wide})[:, None]")
@@ -350,7 +346,7 @@ class _Template:
         most, own = power_of_two(splits), power_of_two(features)
         for name, number in zip(("row", "head"), w.program(self._rows, self._heads), strict=True):
             w.line(f"{name} = {number}")
-        digits, query = self._start(w, "row")
+        _, digits, query = self._start(w, "row")
         base = self._base(w, "output", digits)
         w.line(f"own = tl.arange(0, {own})[None, :]")
         w.line(f"part = tl.arange(0, {most})[:, None]")

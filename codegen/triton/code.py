@@ -19,6 +19,7 @@ import triton.language as tl
 from torchlathe.codegen.triton import device
 """
 LARGEST_INT32 = 2**31 - 1
+LARGEST_SIDE = 65535  # programs along the second and third dimension of a launch
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Launch:
     Attributes:
         function: its name in the text; "" lets torch's own product of two matrices write the third tensor.
         tensors: which tensors it takes, in order: numbers of the parameters, scratch tensors after them.
-        grid: programs along the axes that `Writer.program` numbers, as expressions of the sizes.
+        grid: programs along up to three axes, the fastest first, as expressions of the sizes.
         warps: groups of threads of one program.
         stages: depth of the software pipeline.
         turned: for torch's product: whether the second matrix is transposed.
@@ -111,6 +112,15 @@ def parts(size: sympy.Expr, block: int) -> sympy.Expr:
     """How many blocks cover a size."""
     size = sympy.sympify(size)
     return sympy.Integer(-(-int(size) // block)) if size.is_Integer else FloorDiv(size + block - 1, block)
+
+
+def dimensions(grid: Sequence[sympy.Expr]) -> list[list[int]]:
+    """The axes of a grid that each dimension of a launch counts; all but the first dimension have 16 bits on GPUs.
+
+    An axis after the first has a dimension of its own if its size is known to fit.
+    """
+    small = [k for k, size in enumerate(grid) if k and size.is_Integer and int(size) <= LARGEST_SIDE]
+    return [[k for k in range(len(grid)) if k not in small], *([k] for k in small)]
 
 
 def is_wide(tensors: Sequence[torch.Tensor]) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import linecache
-import math
 import os
 import re
 import subprocess
@@ -15,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import sympy
 import torch
 
 from ...passes.errors import LatheError, LowerError
 from ...targets.target import Target
-from .code import Code, Launch
+from .code import Code, Launch, dimensions
 
 ALIGNMENT = 16  # bytes: what kernels assume of every tensor's address
 POINTERS = {
@@ -135,7 +135,8 @@ class Runner:
     _scratch: list[Any] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
-        self._grids = [self._sized(launch.grid) for launch in self.code.launches]
+        self._grids = [self._sized([sympy.Mul(*(launch.grid[k] for k in axes)) for axes in dimensions(launch.grid)])
+                       for launch in self.code.launches]  # fmt: skip
         self._scratch = [(self._sized(shape), dtype) for shape, dtype in self.code.scratch]
 
     def _sized(self, expressions: Sequence[Any]) -> Any:
@@ -160,21 +161,21 @@ class Runner:
                 right = right.t() if launch.turned else right
                 torch.mm(left.view(-1, right.shape[0]), right, out=result)
                 continue
-            self._launch(k, math.prod(grid), (*(taken[t] for t in launch.tensors), *sizes))
+            self._launch(k, (*grid, 1, 1)[:3], (*(taken[t] for t in launch.tensors), *sizes))
         for given, written in list(zip(tensors, taken, strict=False))[len(tensors) - self.outputs :]:
             if given is not written:
                 given.copy_(written)
 
-    def _launch(self, number: int, programs: int, arguments: tuple[Any, ...]) -> None:
+    def _launch(self, number: int, grid: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
         if self.binaries[number] is None:
-            _namespace(self.code.text)[self.code.launches[number].function][(programs,)](*arguments)
+            _namespace(self.code.text)[self.code.launches[number].function][grid](*arguments)
             return
         compiled = self.binaries[number].compiled  # type: ignore[union-attr]
         if compiled.metadata.global_scratch_size:  # where descriptors are built
             self._provide_scratch()
         stream = _stream(arguments[0].device.index)
         run = compiled.run  # loads the machine code
-        run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+        run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
 
     @staticmethod
     def _provide_scratch() -> None:

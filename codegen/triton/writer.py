@@ -10,7 +10,7 @@ import torch
 
 from ..plans.layout import Access
 from ..plans.values import Value
-from .code import Sizes, is_wide
+from .code import Sizes, dimensions, is_wide
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
           "ne": "!=", "and": "&", "or": "|"}  # fmt: skip
@@ -100,16 +100,14 @@ class Writer:
         return (index, *reversed(found)) if extents else ()
 
     def program(self, *grid: sympy.Expr | int) -> tuple[str, ...]:
-        """Number of this program along each axis of a grid, the fastest first.
-
-        The grid that is launched has one dimension: CUDA counts the others in 16 bits.
-        """
-        number = "tl.program_id(0)" + (".to(tl.int64)" if is_wide(self.tensors) else "")
-        axes = [k for k, size in enumerate(grid) if size != 1]
+        """Number of this program along each axis of a grid, the fastest first."""
+        sizes, cast = [sympy.sympify(n) for n in grid], ".to(tl.int64)" if is_wide(self.tensors) else ""
         found = ["0"] * len(grid)
-        slowest_first = [grid[k] for k in reversed(axes)]
-        for k, digit in zip(reversed(axes), self.digits(number, slowest_first), strict=True):
-            found[k] = digit
+        for number, axes in enumerate(dimensions(sizes)):
+            counted = [k for k in reversed(axes) if sizes[k] != 1]
+            digits = self.digits(f"tl.program_id({number}){cast}", [sizes[k] for k in counted])
+            for k, digit in zip(counted, digits, strict=True):
+                found[k] = digit
         return tuple(found)
 
     def offset(self, access: Access, place: Place) -> tuple[str, bool, bool]:

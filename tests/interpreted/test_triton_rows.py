@@ -19,9 +19,8 @@ from torch.export import Dim
 
 from torchlathe import targets
 from torchlathe.codegen.trial import run_kernel
-from torchlathe.codegen.triton import rows
+from torchlathe.codegen.triton import code, rows
 from torchlathe.codegen.triton.backend import TritonBackend
-from torchlathe.codegen.triton.code import Sizes
 from torchlathe.codegen.triton.writer import Writer
 from torchlathe.passes import ops
 
@@ -119,17 +118,26 @@ def test_outputs_at_an_odd_address() -> None:
     assert torch.allclose(memory[1:36].view(5, 7), x.exp()) and memory[0] == memory[36] == 0
 
 
+@pytest.mark.parametrize("most", [1, 3, 65535])
 @pytest.mark.parametrize("grid", [(3, 1, 4), (5,), (1, 1), (2, 3, 2), (1, 4)])
-def test_programs_count_the_axes_of_a_grid(grid: tuple[int, ...]) -> None:
-    seen = []
-    for number in range(math.prod(grid)):
-        writer = Writer(Sizes([]), [], {})
-        names = writer.program(*map(sympy.Integer, grid))
-        known: dict[str, Any] = {"tl": SimpleNamespace(program_id={0: number}.__getitem__)}  # the launch has one axis
+def test_programs_count_the_axes_of_a_grid(grid: tuple[int, ...], most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code, "LARGEST_SIDE", most)
+    sizes, seen = [sympy.Integer(n) for n in grid], set()
+    launch = [math.prod(grid[k] for k in axes) for axes in code.dimensions(sizes)]
+    assert all(n <= most for n in launch[1:]) and math.prod(launch) == math.prod(grid)
+    for numbers in itertools.product(*map(range, launch)):
+        writer = Writer(code.Sizes([]), [], {})
+        names = writer.program(*sizes)
+        known: dict[str, Any] = {"tl": SimpleNamespace(program_id=numbers.__getitem__)}
         exec("\n".join(writer.blocks[0].lines), known)
-        seen.append(tuple(eval(name, known) for name in names))
-    fastest_last = itertools.product(*(range(n) for n in reversed(grid)))
-    assert seen == [tuple(reversed(digits)) for digits in fastest_last]
+        seen.add(tuple(eval(name, known) for name in names))
+    assert seen == set(itertools.product(*map(range, grid)))
+
+
+def test_sides_of_a_launch_that_gpus_cannot_count() -> None:
+    x = sympy.Symbol("x", integer=True, positive=True)
+    big, small = sympy.Integer(70000), sympy.Integer(7)
+    assert code.dimensions([small, big, small]) == [[0, 1], [2]] and code.dimensions([big, x, big]) == [[0, 1, 2]]
 
 
 def test_expanded_inputs_at_an_odd_address() -> None:

@@ -1,26 +1,12 @@
-"""Scripts of bench/ as modules, and tests over every model of the zoo."""
+"""Tests over every model of the zoo."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
-
-def load(name: str) -> ModuleType:
-    """bench/<name>.py as the module <name>, which other files there import by that name."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
-        assert spec and spec.loader
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+from scripts import load
 
 
 @pytest.fixture(scope="session")
