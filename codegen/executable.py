@@ -278,8 +278,14 @@ def _assemble(program: Program, choices: Sequence[Choice], device: torch.device,
     outputs = [n for n in program.outputs if isinstance(n, fx.Node)]
     steps = [(list(c.region.inputs), list(c.region.outputs)) for c in choices]
     dead = releases(steps, [*outputs, *(n for n in program.graph.nodes if n.op == "get_attr")])
+    loose: set[fx.Node] = set()  # results whose layout torch chooses, which may depend on the machine
     for step, (choice, done) in enumerate(zip(choices, dead, strict=True)):
         weights.before(step, names)
+        if choice.kernel.destinations is None:
+            loose.update(n for n in choice.region.outputs if n not in block)
+        else:
+            for node in (n for n in choice.region.inputs if n in loose):
+                source.as_planned(node, names)
         _emit(source, choice, names, block, device, [weights.bind(c) for c in choice.kernel.constants])
         weights.after(step)
         dying = [names[n] for n in done if n not in block]

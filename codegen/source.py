@@ -95,11 +95,16 @@ class Source:
 
     def as_traced(self, node: fx.Node, names: Mapping[fx.Node, str]) -> None:
         """Append lines that give a value the layout which it had when the program was traced."""
-        value = node.meta.get("traced", node.meta.get("val"))
-        if node.op == "get_attr":
-            return  # weights lie as they were traced, and their names are not local
+        if node.op != "get_attr":  # weights lie as they were traced, and their names are not local
+            self._laid_out(node.meta.get("traced", node.meta.get("val")), names[node])
+
+    def as_planned(self, node: fx.Node, names: Mapping[fx.Node, str]) -> None:
+        """Append lines that give a value the layout which kernels that read it were compiled for."""
+        self._laid_out(node.meta.get("val"), names[node])
+
+    def _laid_out(self, value: Any, name: str) -> None:
         if isinstance(value, torch.Tensor) and value.layout is torch.strided and value.dim():
-            self.lines.extend(layout_lines(self.bind, value, names[node]))
+            self.lines.extend(layout_lines(self.bind, value, name))
 
     def build(self, parameters: Iterable[str], result: str) -> tuple[Callable[..., Any], str]:
         """The compiled function and its text."""

@@ -14,6 +14,7 @@ from torch.export import Dim
 from torchlathe import targets
 from torchlathe.codegen.executable import Executable
 from torchlathe.codegen.lower import lower_eager, lower_unmeasured
+from torchlathe.passes import ops
 from torchlathe.passes.capture import capture
 from torchlathe.passes.errors import InputError
 
@@ -300,3 +301,25 @@ def test_overhead_per_call_is_below_two_microseconds():
     extra = (min(r[0] for r in rounds) - min(r[1] for r in rounds)) / 200
     assert extra < 2e-6, f"{extra * 1e6:.2f} us of overhead per call"
     assert statistics.median(a / b for a, b in rounds) < 1.5
+
+
+class Stem(torch.nn.Module):
+    """Tokens from a convolution, whose result oneDNN lays out in its own way, and the best of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 8, 4, 4)
+
+    def forward(self, x):
+        tokens = self.conv(x).flatten(2).transpose(1, 2) * 2
+        size = torch.ones(tokens.shape[:2])
+        return tuple(ops.merge_tokens()(tokens, size, tokens, 5, [0])[:2])
+
+
+def test_kernels_find_the_layout_that_they_were_compiled_for():
+    torch.manual_seed(0)
+    model, x = Stem(), torch.randn(2, 3, 24, 24)
+    fast = build(model, (x,))
+    assert [c.kernel.backend for c in fast.choices if c.region.nodes[0].target == ops.merge_tokens()] == ["tvm"]
+    for got, wanted in zip(fast(x), model(x), strict=True):
+        torch.testing.assert_close(got, wanted)
