@@ -28,7 +28,7 @@ from ..targets.folder import cache_folder
 from ..targets.measure_gpu import settled
 from ..targets.records import Records
 from ..targets.target import Target
-from .judge import Judge, compile_ahead, lower_and_judge, lower_streamed, outputs_of, recorded
+from .judge import Judge, compile_ahead, lower_and_judge, lower_streamed, outputs_of, recorded, tuned
 from .kernels import kernel_rows
 from .pipeline import PASSES, run_passes
 from .quality import Quality, score
@@ -130,7 +130,7 @@ def compile_program(
     ctx = Context(target, data=data, quality=quality, records=tuner.records)
     batches = [pytree.tree_leaves(b) for b in data or ()]
     judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records, original=program,
-                  batches=batches)  # fmt: skip
+                  batches=batches, finish=lambda p: tuned(p, target, flat, tuner))  # fmt: skip
     best, steps, judge = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
     if device_memory is not None:
         result, step, notes = lower_streamed(best, target, judge, device_memory, run=not aot)

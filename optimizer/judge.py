@@ -48,6 +48,8 @@ class Judge:
         original: the program that was captured; lossy rewrites are scored against it.
         batches: flat inputs that lossy rewrites are scored on; the example inputs if there are none.
         now: flat outputs of the program so far, where lossy rewrites have changed them.
+        finish: lowers a program with tuned kernels: a lossy rewrite that saves operations, but no time with the
+            kernels of a trial, is timed again with these. None leaves it at the trial.
     """
 
     inputs: Sequence[Any]
@@ -58,6 +60,7 @@ class Judge:
     original: Program | None = None
     batches: Sequence[Sequence[Any]] = ()
     now: Sequence[Any] | None = None
+    finish: Callable[[Program], Executable] | None = None
 
     @property
     def answers(self) -> Sequence[Any]:
@@ -87,11 +90,19 @@ class Judge:
             return replace(step, reason=error.what)
         if not self.timed or _calls(before) == _calls(after):
             return replace(step, kept=True)
-        seen = recorded(
-            self.records, (ctx.target, before.text(), after.text()), self.budget,
-            lambda: self._call(trial(before, ctx.target)), lambda: self._call(trial(after, ctx.target)),
-        )  # fmt: skip
+        seen = self._compared(before, after, ctx.target, "trial", lambda program: trial(program, ctx.target))
+        lossy, saves = rewrite.fidelity is Fidelity.LOSSY, step.flops_after < step.flops_before
+        if self.finish is not None and lossy and saves and not seen.faster:
+            seen = self._compared(before, after, ctx.target, "finish", self.finish)
         return self._verdict(seen, step, rewrite.fidelity)
+
+    def _compared(
+        self, before: Program, after: Program, target: Target, how: str, make: Callable[[Program], Executable]
+    ) -> Comparison:
+        """Two programs timed in turn, as executables that `make` makes."""
+        what = target, [how, before.text()], [how, after.text()]
+        return recorded(self.records, what, self.budget,
+                        lambda: self._call(make(before)), lambda: self._call(make(after)))  # fmt: skip
 
     def scored(self, after: Program, ctx: Context, step: Step) -> Step:
         """The step with its quality, and with a reason if the quality is not enough."""
@@ -171,6 +182,12 @@ def recorded(records: Records, what: tuple[Target, Any, Any], budget: float, a: 
     sides = {k: [t.median, t.minimum, t.spread, t.rounds] for k, t in (("a", seen.a), ("b", seen.b))}
     records.add({key: {**sides, "ratio": [seen.ratio, seen.low, seen.high]}})
     return seen
+
+
+def tuned(program: Program, target: Target, inputs: Sequence[Any], tuner: Tuner) -> Executable:
+    """An executable with the kernels that the final one would have; the program is left as it is."""
+    fork = program.fork()
+    return Executable(fork, lower(fork, target, inputs, tuner)[0], target=target)
 
 
 def lower_and_judge(

@@ -34,3 +34,14 @@ def test_sentence_embeddings_agree_and_are_faster(tmp_path):
     assert float(re.search(r"lowest cosine to the original (\d\.\d+)", printed)[1]) >= 0.99999
     assert float(re.search(r"(\d+\.\d+)x the speed of eager", printed)[1]) > 1
     assert 1_000 < page.stat().st_size < 1_000_000
+
+
+@pytest.mark.slow
+def test_merging_tokens_of_digits_is_faster_and_costs_little(tmp_path):
+    printed = run("vision_tokens.py", "--quick", "--folder", str(tmp_path))
+    exact, merged = re.findall(r"r=\d+: \d+ tokens at the end, (\d+\.\d+)x, (\d+\.\d+)%", printed)
+    assert float(exact[1]) > 80 and float(merged[1]) > float(exact[1]) - 3
+    assert float(merged[0]) > 1.1
+    page = (tmp_path / "accuracy.html").read_text("utf-8")
+    assert page.count("<circle") == 2 and len(page) < 20_000
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")

@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 
 import torchlathe
 from torchlathe import targets
+from torchlathe.codegen.executable import Executable
+from torchlathe.codegen.lower import lower_eager
+from torchlathe.optimizer import judge as judge_module
 from torchlathe.optimizer.judge import Judge
 from torchlathe.optimizer.pipeline import run_passes
 from torchlathe.optimizer.quality import Quality, score
@@ -20,6 +23,7 @@ from torchlathe.passes.base import Context, Fidelity, Pass
 from torchlathe.passes.capture import capture
 from torchlathe.passes.program import Program
 from torchlathe.passes.verify import reason_against
+from torchlathe.targets.measure import Comparison, Timing
 
 HOST = targets.get("cpu")
 
@@ -201,3 +205,46 @@ def test_the_standard_list_has_a_name() -> None:
     found = torchlathe.optimize(model, (x,), passes=["default", Scale(by=2.0)], level="fast")
     names = [s.name for s in found.report.steps]
     assert names[-2:] == ["scale-result", "lower"] and "fuse-attention" in names
+
+
+@dataclass(frozen=True)
+class Skip(Pass):
+    """Lets the last linear layer read what the first one reads."""
+
+    name: ClassVar[str] = "skip-layer"
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    again: bool = False
+
+    def run(self, program: Program, ctx: Context) -> int:
+        first, last = (n for n in program.graph.nodes if n.target == torch.ops.aten.linear.default)
+        last.replace_input_with(first, program.inputs[0])
+        if not self.again:
+            program.graph.erase_node(first)
+        return 1
+
+
+@pytest.mark.parametrize(("again", "finish", "kept", "makes"), [
+    (False, True, True, 4), (False, False, False, 2), (True, True, False, 2),
+])  # fmt: skip
+def test_a_lossy_rewrite_that_saves_operations_is_timed_with_tuned_kernels_too(
+    monkeypatch: pytest.MonkeyPatch, again: bool, finish: bool, kept: bool, makes: int
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    made, times = list[str](), iter([1.0, 0.5])  # as fast as before with plain kernels, twice as fast with tuned ones
+
+    def executable(kind: str) -> Any:
+        return lambda program, target=HOST: made.append(kind) or Executable(program, lower_eager(program, target))
+
+    def compared(a: Any, b: Any, budget: float) -> Comparison:
+        ratio = next(times)
+        return Comparison(Timing.of([1.0]), Timing.of([ratio]), ratio, ratio, ratio)
+
+    monkeypatch.setattr(judge_module, "trial", executable("plain"))
+    monkeypatch.setattr(judge_module, "compare", compared)
+    program = capture(model, (x,))
+    judge = Judge([x], program.run([x]), original=program, finish=executable("tuned") if finish else None)
+    _, (step,), _ = run_passes(program, [Skip(again)], Context(HOST), judge)
+    assert step.kept is kept and made == ["plain", "plain", "tuned", "tuned"][:makes]
+    assert kept or step.reason == "not measurably faster"
