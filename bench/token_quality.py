@@ -65,12 +65,19 @@ def similarities(run: Any, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> 
     return (vectors @ vectors.T)[above[0], above[1]]
 
 
+def numbers(text: str) -> int | list[int]:
+    """How many tokens are merged in every block, or, separated by commas, in each."""
+    found = [int(part) for part in text.split(",")]
+    return found if len(found) > 1 else found[0]
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description="quality and speed of token reduction on MiniLM")
     parser.add_argument("--passages", type=int, default=96)
-    parser.add_argument("--merge", type=int, nargs="*", default=[16, 24, 32], help="by similar keys")
-    parser.add_argument("--features", type=int, nargs="*", default=[16, 22, 28], help="merge by similar features")
+    parser.add_argument("--merge", type=numbers, nargs="*", default=[16, 24], help="by similar keys")
+    parser.add_argument("--features", type=numbers, nargs="*", default=[22, [0, 20, 50, 50, 30, 0], 28],
+                        help="merge by similar features")  # fmt: skip
     parser.add_argument("--prune", type=float, nargs="*", default=[0.9, 0.7])
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of sampling")
     parser.add_argument("--markdown", type=Path)

@@ -131,6 +131,23 @@ def find_stream(program: Program) -> Stream | None:
     return Stream(tuple(best), branches, tuple(_blocks(best, branches))) if branches else None
 
 
+def attention_branches(program: Program) -> list[Branch]:
+    """The residual branch closest around each attention, on the way to the result or not.
+
+    Where resolutions change, as in a U-Net, no stream goes through all of them.
+    """
+    graph, found = _flow(program), list[Branch]()
+    for attention in (n for n in program.graph.nodes if n.target in ATTENTION):
+        above, below = nx.ancestors(graph, attention), nx.descendants(graph, attention)
+        for end in sorted(n for n in below if n.target in ADDS):
+            start = next((s for s in end.all_input_nodes if s in above), None)
+            if start is not None:
+                inside = sorted(nx.descendants(graph, start) & nx.ancestors(graph, end))
+                found.append(Branch(start, end, tuple(inside), "attention"))
+                break
+    return found
+
+
 def _floating(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -16,7 +16,7 @@ from ..targets import cost
 from .axis import Axes, Axis, Dim, Taken
 from .axis_rules import by_element
 from .base import Refusal
-from .blocks import Branch, find_stream
+from .blocks import Branch, attention_branches, find_stream
 from .nodes import arguments, expression, operator_name
 from .program import Program
 from .shorten import WHOLE, Stopped
@@ -91,23 +91,59 @@ def find_tokens(program: Program, in_order: bool = False) -> Tokens | Refusal:
     for branch in stream.branches:
         if branch.attention is None:
             continue
-        given = arguments(branch.attention)
-        query, key, end = (axes.of(n) for n in (given["query"], given["key"], branch.end))
-        if len(query) != 4 or len(end) != 3 or query[-2] != key[-2] or end[1] != query[-2] or not end[1]:
+        found = _over_itself(axes, branch)
+        if found is None:
             return Refusal.at(
                 branch.attention, "attention is not over the tokens of the stream [batch, tokens, features]"
             )
-        if axis is not None and end[1] != axis:
+        if axis is not None and found != axis:
             return Refusal.at(branch.attention, "attentions are over different tokens")
-        axis = end[1]
+        axis = found
         sites.append(Site(branch, branch.attention))
     if axis is None:
         return Refusal("no attention on the residual stream")
+    return _tokens_of(program, axes, axis, sites, stream.values[0], in_order)
+
+
+def find_local_tokens(program: Program) -> list[Tokens] | Refusal:
+    """Token axes of self-attentions that need not lie on one stream, each with its sites; why one has none.
+
+    What is found serves edits inside a site's branch only.
+    """
+    axes, sites = program.axes(), dict[Dim, list[Site]]()
+    for branch in attention_branches(program):
+        axis = _over_itself(axes, branch)
+        if axis is not None and branch.start.meta["val"].dim() == 3:
+            assert branch.attention is not None
+            sites.setdefault(axis, []).append(Site(branch, branch.attention))
+    found = []
+    for axis, own in sites.items():
+        tokens = _tokens_of(program, axes, axis, own, own[0].branch.start, False)
+        if isinstance(tokens, Refusal):
+            return tokens
+        found.append(tokens)
+    return found or Refusal("no self-attention inside a residual branch [batch, tokens, features]")
+
+
+def _over_itself(axes: Axes, branch: Branch) -> Dim | None:
+    """The tokens of the stream, if a branch's attention is over them."""
+    assert branch.attention is not None
+    given = arguments(branch.attention)
+    query, key, end = (axes.of(n) for n in (given["query"], given["key"], branch.end))
+    if len(query) != 4 or len(end) != 3 or query[-2] != key[-2] or end[1] != query[-2] or not end[1]:
+        return None
+    return end[1]
+
+
+def _tokens_of(
+    program: Program, axes: Axes, axis: Dim, sites: list[Site], first: fx.Node, in_order: bool
+) -> Tokens | Refusal:
+    """What is known of an axis; `first` is the value from which its tokens descend."""
     values = Values(program)
     for site in sites:
         if not in_order and site.mask is not None and varies(values, site.mask, -2):
             return Refusal.at(site.attention, "its mask differs from query to query: tokens are told apart by place")
-    after, length = _descendants(stream.values[0]), sites[0].at.meta["val"].shape[1]
+    after, length = _descendants(first), sites[0].at.meta["val"].shape[1]
     places = [*protected(axes, axis), *_read_by_place(axes, axis, after, length)]
     return Tokens(axes, axis, sites, placed(places, length), after, cost.hint(length))
 

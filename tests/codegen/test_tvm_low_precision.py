@@ -179,7 +179,7 @@ def test_four_bits_whose_scale_is_an_input_are_refused() -> None:
 @pytest.mark.parametrize(("dtype", "target", "wanted"), [
     (torch.float32, BEST, PLAIN), (torch.bfloat16, BEST, BFLOAT16), (torch.bfloat16, WIDE, PLAIN),
     (torch.float16, BEST, PLAIN), (torch.int8, BEST, BYTES), (torch.int8, WIDE, WORDS), (torch.int8, AVX2, WORDS_256),
-], ids=str)  # fmt: skip
+], ids=lambda v: v.name if isinstance(v, Target) else str(v))  # fmt: skip
 def test_the_target_decides_the_instruction(dtype: torch.dtype, target: Target, wanted: Any) -> None:
     assert dot_of(dtype, dtype, target) is wanted
 

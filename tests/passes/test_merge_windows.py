@@ -9,6 +9,7 @@ import torch
 from encoders import WIDTH, Block, Encoder
 from torch import nn
 from torch.nn import functional as F
+from windows import by_formula
 
 from torchlathe import targets
 from torchlathe.passes import ops
@@ -58,23 +59,6 @@ class Diffusion(nn.Module):
         return y.permute(0, 5, 1, 3, 2, 4).reshape(b, 4, 2 * h, 2 * w)
 
 
-def by_formula(x: torch.Tensor, count: int, windows: tuple[int, int], more: int = 0) -> tuple[Any, ...]:
-    """The `count` tokens most similar to a corner of a window become part of it: tokens, sizes, where each went."""
-    found: list[tuple[Any, ...]] = []
-    for sample in x:
-        unit = sample / sample.norm(dim=-1, keepdim=True)
-        goals = [more + r * 8 + c for r in range(0, 6, windows[0]) for c in range(0, 8, windows[1])]
-        others = [t for t in range(more, len(sample)) if t not in goals]
-        best = {t: max(goals, key=lambda g: float(unit[t] @ unit[g])) for t in others}
-        gone = sorted(others, key=lambda t: -float(unit[t] @ unit[best[t]]))[:count]
-        left = [t for t in range(len(sample)) if t not in gone]
-        groups = [[t, *(s for s in gone if best[s] == t)] for t in left]
-        places = [left.index(best[t] if t in gone else t) for t in range(len(sample))]
-        rows = torch.stack([sample[g].mean(0) for g in groups])
-        found.append((rows, torch.tensor([float(len(g)) for g in groups]), places))
-    return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found]), [f[2] for f in found]
-
-
 def inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(batch)
     return torch.randn(batch, 4, 12, 16), torch.randn(batch, WIDTH)
@@ -92,7 +76,7 @@ def test_equals_the_formula(batch: int, r: float, windows: tuple[int, int], more
     well_formed(program)
     assert operations(program) < whole
     count = int(r * (48 + more)) if isinstance(r, float) else r
-    wanted = model(*args, lambda x: by_formula(x, count, windows, more))
+    wanted = model(*args, lambda x: by_formula(x, count, windows, (6, 8), more))
     torch.testing.assert_close(program(*args), wanted, atol=1e-5, rtol=1e-5)
 
 
