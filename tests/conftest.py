@@ -25,6 +25,7 @@ os.environ["TORCHLATHE_CACHE"] = tempfile.mkdtemp(prefix="torchlathe-tests-")
 atexit.register(shutil.rmtree, os.environ["TORCHLATHE_CACHE"], ignore_errors=True)
 if "PYTEST_XDIST_WORKER" in os.environ:  # threads that wait for work must not keep another process from its own
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_addoption(parser):

@@ -27,16 +27,15 @@ def fuzz() -> ModuleType:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that take `captured` on each model that capture accepts, `beyond` on the others, `any_model` on all.
 
-    `optimized` is as `captured`, but like `any_model` it leaves most models to the second stage.
+    `captured` and `any_model` leave most models to the second stage.
     """
     load("zoo_nets")
     zoo = load("zoo")
     names = list(zoo.models())
     inside = [n for n in names if n not in zoo.BEYOND_CAPTURE]
     sets = {
-        "captured": inside,
         "beyond": list(zoo.BEYOND_CAPTURE),
-        "optimized": [staged(n) for n in inside],
+        "captured": [staged(n) for n in inside],
         "any_model": [staged(n) for n in names],
     }
     for fixture in sets.keys() & set(metafunc.fixturenames):

@@ -67,8 +67,8 @@ def test_capture_refuses_with_the_way_out(zoo, beyond):
 
 
 @torch.no_grad()
-def test_optimize(zoo, optimized):
-    model, args, kwargs = zoo.models()[optimized]()
+def test_optimize(zoo, captured):
+    model, args, kwargs = zoo.models()[captured]()
     wanted = model(*args, **kwargs)
     fast = torchlathe.optimize(model, args, kwargs)
     found = fast(*args, **kwargs)

@@ -132,7 +132,7 @@ def by_formula(model: Placed, x: torch.Tensor, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 3])
-@pytest.mark.parametrize("r", [1, 5])
+@pytest.mark.parametrize("r", [pytest.param(1, marks=pytest.mark.slow), 5])
 @torch.no_grad()
 def test_merging_equals_the_formula(kind: str, batch: int, r: int) -> None:
     torch.manual_seed(batch)
