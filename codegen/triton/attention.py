@@ -212,8 +212,9 @@ class _Template:
         p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})
         rows, splits = (int(s[k]) for k in ("queries", "splits"))
         wide, own = power_of_two(max(16, p.features)), power_of_two(max(16, p.value_features))
-        for name, number in zip(("tile", "head", "part"), w.program(*self._grid), strict=True):
-            w.line(f"{name} = {number}")
+        tile, head, part = w.program(*self._grid)
+        for line in (f"tile = {tile}", f"head = {w.long(head)}", f"part = {part}"):
+            w.line(line)
         w.line(f"row = (tile * {rows} + tl.arange(0, {rows}))[:, None]")
         shared, digits, query = self._start(w, "row")  # keys and values do not depend on the row
         w.line(f"real = row < {self.sizes.text(self._rows)}")
@@ -344,8 +345,9 @@ class _Template:
         p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})
         splits, k, features = int(s["splits"]), len(p.tensors), p.value_features
         most, own = power_of_two(splits), power_of_two(features)
-        for name, number in zip(("row", "head"), w.program(self._rows, self._heads), strict=True):
-            w.line(f"{name} = {number}")
+        row, head = w.program(self._rows, self._heads)
+        w.line(f"row = {row}")
+        w.line(f"head = {w.long(head)}")
         _, digits, query = self._start(w, "row")
         base = self._base(w, "output", digits)
         w.line(f"own = tl.arange(0, {own})[None, :]")

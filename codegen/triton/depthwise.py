@@ -81,7 +81,7 @@ class DepthwiseLowering:
         rows = sympy.Mul(*extents)
         grid = parts(rows, height), parts(sympy.Integer(conv.channels), width)
         down, side = w.program(*grid)
-        row = w.let(f"{down} * {height} + tl.arange(0, {height})[:, None]", stem="row")
+        row = w.let(f"{w.long(down)} * {height} + tl.arange(0, {height})[:, None]", stem="row")
         w.line(f"column = {side} * {width} + tl.arange(0, {width})[None, :]")
         real = w.let(f"{row} < {sizes.text(rows)}", stem="inside")
         across = w.let(f"column < {conv.channels}", stem="inside") if conv.channels % width else None

@@ -170,7 +170,7 @@ class _Template:
         tensors = self.norm.tail.tensors
         w = Writer(self.sizes, tensors, self.norm.tail.loads)
         both, split = w.program(*self._grid)
-        w.line(f"both = {both}")
+        w.line(f"both = {w.long(both)}")
         w.line(f"image = both // {self.norm.groups}")
         w.line(f"group = both % {self.norm.groups}")
         steps, share = self.sizes.text(self._steps), self.sizes.text(self._share)

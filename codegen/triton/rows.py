@@ -92,13 +92,13 @@ class RowLowering:
         looped = bool(plan.reductions) and int(columns) > width
         grid = parts(rows, height), sympy.Integer(1) if plan.reductions else parts(columns, width)
         down, across = writer.program(*grid)
-        row = writer.let(f"{down} * {height} + tl.arange(0, {height})[:, None]", stem="row")
+        row = writer.let(f"{writer.long(down)} * {height} + tl.arange(0, {height})[:, None]", stem="row")
         digits = writer.digits(row, plan.extents[:-1])
         place = Place(digits, "column", writer.let(f"{row} < {sizes.text(rows)}", stem="inside"))
         if looped:
             _looped(writer, plan, place, height, width)
         else:
-            start = "0" if plan.reductions else f"{across} * {width}"
+            start = "0" if plan.reductions else f"{writer.long(across)} * {width}"
             writer.line(f"column = {start} + tl.arange(0, {width})[None, :]")
             if plan.reductions or not (columns.is_Integer and int(columns) % width == 0):
                 place = replace(place, columns=writer.let(f"column < {sizes.text(columns)}", stem="inside"))

@@ -104,7 +104,7 @@ class WindowLowering:
         cast = ".to(tl.int64)" if is_wide(tensors) else ""
         rows = sympy.Mul(*found.extents[:-1])
         grid = rows if spread else parts(rows, height), parts(sympy.Integer(found.columns), width)
-        row, side = w.program(*grid)
+        row, side = map(w.long, w.program(*grid))
         real = None
         if not spread:
             row = w.let(f"{row} * {height} + tl.arange(0, {height})[:, None]", stem="row")

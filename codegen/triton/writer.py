@@ -101,14 +101,17 @@ class Writer:
 
     def program(self, *grid: sympy.Expr | int) -> tuple[str, ...]:
         """Number of this program along each axis of a grid, the fastest first."""
-        sizes, cast = [sympy.sympify(n) for n in grid], ".to(tl.int64)" if is_wide(self.tensors) else ""
-        found = ["0"] * len(grid)
+        sizes, found = [sympy.sympify(n) for n in grid], ["0"] * len(grid)
         for number, axes in enumerate(dimensions(sizes)):
             counted = [k for k in reversed(axes) if sizes[k] != 1]
-            digits = self.digits(f"tl.program_id({number}){cast}", [sizes[k] for k in counted])
+            digits = self.digits(f"tl.program_id({number})", [sizes[k] for k in counted])
             for k, digit in zip(counted, digits, strict=True):
                 found[k] = digit
         return tuple(found)
+
+    def long(self, number: str) -> str:
+        """A number that is multiplied by strides: in 64 bits if offsets may need them."""
+        return f"{number}.to(tl.int64)" if is_wide(self.tensors) and number != "0" else number
 
     def offset(self, access: Access, place: Place) -> tuple[str, bool, bool]:
         """Where an access is, and whether that depends on the row and on the column."""
