@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from ..passes.errors import ArtefactError
 
 MAGIC = b"\x89LATHE\r\n"
-VERSION = 1
+VERSION = 2
 HEAD = struct.Struct("<8sIQ")
 START = HEAD.size + 32
 LONGEST_MANIFEST = 16 * 2**20

@@ -130,7 +130,7 @@ def compile_program(
     ctx = Context(target, data=data, quality=quality, records=tuner.records)
     batches = [pytree.tree_leaves(b) for b in data or ()]
     judge = Judge(flat, wanted, timed=timed and tuner.level != "fast", records=tuner.records, original=program,
-                  batches=batches, finish=lambda p: tuned(p, target, flat, tuner))  # fmt: skip
+                  batches=batches, finish=lambda p: tuned(p, target, flat, tuner), level=tuner.level)  # fmt: skip
     best, steps, judge = run_passes(program, passes, ctx, judge, limit=limit, progress=progress)
     if device_memory is not None:
         result, step, notes = lower_streamed(best, target, judge, device_memory, run=not aot)

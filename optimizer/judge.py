@@ -50,6 +50,7 @@ class Judge:
         now: flat outputs of the program so far, where lossy rewrites have changed them.
         finish: lowers a program with tuned kernels: a lossy rewrite that saves operations, but no time with the
             kernels of a trial, is timed again with these. None leaves it at the trial.
+        level: how thoroughly it tunes them.
     """
 
     inputs: Sequence[Any]
@@ -61,6 +62,7 @@ class Judge:
     batches: Sequence[Sequence[Any]] = ()
     now: Sequence[Any] | None = None
     finish: Callable[[Program], Executable] | None = None
+    level: str = ""
 
     @property
     def answers(self) -> Sequence[Any]:
@@ -93,7 +95,7 @@ class Judge:
         seen = self._compared(before, after, ctx.target, "trial", lambda program: trial(program, ctx.target))
         lossy, saves = rewrite.fidelity is Fidelity.LOSSY, step.flops_after < step.flops_before
         if self.finish is not None and lossy and saves and not seen.faster:
-            seen = self._compared(before, after, ctx.target, "finish", self.finish)
+            seen = self._compared(before, after, ctx.target, f"finish {self.level}", self.finish)
         return self._verdict(seen, step, rewrite.fidelity)
 
     def _compared(

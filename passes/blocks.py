@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from .nodes import expression
 from .program import Program
 from .text import stable_text
 
@@ -132,7 +133,7 @@ def find_stream(program: Program) -> Stream | None:
 
 
 def attention_branches(program: Program) -> list[Branch]:
-    """The residual branch closest around each attention, on the way to the result or not.
+    """The residual branch closest around each attention that has one to itself, on the way to the result or not.
 
     Where resolutions change, as in a U-Net, no stream goes through all of them.
     """
@@ -140,12 +141,19 @@ def attention_branches(program: Program) -> list[Branch]:
     for attention in (n for n in program.graph.nodes if n.target in ATTENTION):
         above, below = nx.ancestors(graph, attention), nx.descendants(graph, attention)
         for end in sorted(n for n in below if n.target in ADDS):
-            start = next((s for s in end.all_input_nodes if s in above), None)
+            start = next((s for s in end.all_input_nodes if s in above and _alike(s, end)), None)
             if start is not None:
                 inside = sorted(nx.descendants(graph, start) & nx.ancestors(graph, end))
-                found.append(Branch(start, end, tuple(inside), "attention"))
+                if sum(n.target in ATTENTION for n in inside) == 1:
+                    found.append(Branch(start, end, tuple(inside), "attention"))
                 break
     return found
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two values have the same shape."""
+    first, second = ([expression(n) for n in node.meta["val"].shape] for node in (a, b))
+    return first == second
 
 
 def _floating(node: fx.Node) -> bool:

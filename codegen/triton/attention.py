@@ -20,7 +20,7 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from ..plans.attention import OPERATOR, Attention, memory_order, plan
 from ..plans.rules import name_of
-from .code import Code, Launch, Sizes, function, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
 from .writer import Writer
 
 # queries, keys of a tile, warps, stages; the likelier first
@@ -206,6 +206,8 @@ class _Template:
 
     def _address(self, tensor: str, base: str, along: str, feature: str) -> str:
         outer, inner = (self.sizes.text(e) for e in self.attention.steps[tensor])
+        wide = along != "0" and is_wide(self.attention.tensors)
+        along = f"{along}.to(tl.int64)" if wide else along
         return f"t{self.attention.position[tensor]} + {base} + {along} * {outer} + {feature} * {inner}"
 
     def _main(self) -> list[str]:

@@ -102,6 +102,8 @@ class Writer:
     def program(self, *grid: sympy.Expr | int) -> tuple[str, ...]:
         """Number of this program along each axis of a grid, the fastest first."""
         sizes, found = [sympy.sympify(n) for n in grid], ["0"] * len(grid)
+        for size in sizes:
+            self.sizes.text(size)  # a launch needs to know sizes that no kernel reads
         for number, axes in enumerate(dimensions(sizes)):
             counted = [k for k in reversed(axes) if sizes[k] != 1]
             digits = self.digits(f"tl.program_id({number})", [sizes[k] for k in counted])

@@ -93,12 +93,13 @@ class MergeTokens(Pass):
             if self.r is not None:
                 return Refusal("r and flops are given, one of them would do")
             return run_within(self.flops, self._settings(groups), program, ctx)
-        lengths = [tokens.length for tokens in groups for _ in tokens.sites]
-        counts = amounts(DEFAULT if self.r is None else self.r, lengths)
+        lengths = {site.attention: tokens.length for tokens in groups for site in tokens.sites}
+        order = sorted(lengths)  # in which they are computed
+        counts = amounts(DEFAULT if self.r is None else self.r, [lengths[n] for n in order])
         if isinstance(counts, str):
             return Refusal(counts)
-        left = iter(counts)
-        plans = [self._plan(tokens, [next(left) for _ in tokens.sites]) for tokens in groups]
+        each = dict(zip(order, counts, strict=True))
+        plans = [self._plan(tokens, [each[site.attention] for site in tokens.sites]) for tokens in groups]
         for plan in plans:  # all of them first: a refusal leaves the program as it was
             if isinstance(plan, str):
                 return Refusal(plan)

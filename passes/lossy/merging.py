@@ -160,9 +160,13 @@ class Merging:
     def weigh(self) -> None:
         """Attention counts a merged token as often as it stands for; so do means and sums over the tokens."""
         current: fx.Node | None = None
-        starts = dict(self.sizes)
+        starts, own = dict(self.sizes), dict[fx.Node, fx.Node]()
+        for edit, (new, sizes) in zip(self.edits, self.sizes, strict=True):
+            if edit.inside is not None:  # branches may stand interleaved in the graph
+                del starts[new]
+                own |= dict.fromkeys(edit.inside, sizes)
         for node in list(self.program.graph.nodes):
-            current = starts.get(node, current)
+            current = own.get(node) if own else starts.get(node, current)
             if current is None or node not in self.tokens.axes.values or node.op != "call_function":
                 continue
             name = operator_name(node)

@@ -335,6 +335,13 @@ def test_large_groups_are_walked_and_shared(form: Any) -> None:
     check(net, x, most=None)
 
 
+def test_any_number_of_images() -> None:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    calls = [(torch.randn(3, 12, 7, 7),), (torch.randn(1, 12, 7, 7),)]
+    for function in (lambda x: F.group_norm(x, 3), lambda x: F.adaptive_avg_pool2d(x, 1) * 2):
+        check(function, torch.randn(2, 12, 7, 7), dynamic={"args": ({0: batch},)}, calls=calls)
+
+
 def test_residual_after_group_norm() -> None:
     x, other, scale = image(12), image(12, 7, 9, 1), torch.randn(2, 12, 1, 1)
     for form in FORMATS:

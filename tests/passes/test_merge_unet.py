@@ -14,7 +14,9 @@ from windows import by_formula
 import torchlathe
 from torchlathe import targets
 from torchlathe.passes.base import Context, Refusal
+from torchlathe.passes.blocks import attention_branches
 from torchlathe.passes.capture import capture
+from torchlathe.passes.lossy import merge_tokens
 from torchlathe.passes.lossy.merge_tokens import MergeTokens
 from torchlathe.passes.lossy.settings import operations
 from torchlathe.passes.verify import well_formed
@@ -109,8 +111,50 @@ def test_numbers_for_each_attention_and_what_they_must_leave() -> None:
     before = program.text()
     outcome = MergeTokens(r=30, restore=True).run(program, CONTEXT)
     assert isinstance(outcome, Refusal) and "30 of 24 tokens" in str(outcome) and program.text() == before
+    assert MergeTokens(r=(30, 48, 0, 30), restore=True).run(program.fork(), CONTEXT) == 3, "the third one has 24 tokens"
     assert MergeTokens(r=(30, 0, 12), restore=True).run(program, CONTEXT) == 2
     assert isinstance(MergeTokens(r=2).run(program, CONTEXT), Refusal), "places of pixels cannot be given up"
+
+
+class Streams(nn.Module):
+    """Two streams over one image side by side, each with an attention of its own; or both attentions in one branch."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.together, self.into = together, nn.Conv2d(4, 16, 1)
+        self.norm = nn.LayerNorm(8)
+        self.first, self.second = (Attention(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor, merged: Merged | None = None) -> torch.Tensor:
+        a, b = self.into(x).flatten(2).transpose(1, 2).chunk(2, -1)
+        if self.together:
+            y = self.norm(a)
+            return a + (self.first(y, y) + self.second(y, y))
+        few, other = (merged(t) if merged else (t, None, None) for t in (a, b))
+        y, z = self.norm(few[0]), self.norm(other[0])
+        y, z = self.first(y, y, few[1]), self.second(z, z, other[1])
+        if merged:
+            y, z = (torch.stack([r[p] for r, p in zip(t, places, strict=True)])
+                    for t, places in ((y, few[2]), (z, other[2])))  # fmt: skip
+        return torch.cat([a + y, b + z], -1)
+
+
+@torch.no_grad()
+def test_branches_side_by_side_keep_their_own_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_tokens, "find_tokens", lambda program: Refusal("no stream"))  # else one of them is it
+    torch.manual_seed(1)
+    model, x = Streams(False).eval(), torch.randn(2, 4, 6, 8)
+    program = capture(model, (x,))
+    assert MergeTokens(r=0.5, restore=True, windows=(2, 2)).run(program, CONTEXT) == 2
+    wanted = model(x, lambda t: by_formula(t, 24, (2, 2), (6, 8)))
+    torch.testing.assert_close(program(x), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_two_attentions_in_one_branch_are_left_alone() -> None:
+    program = capture(Streams(True).eval(), (torch.randn(2, 4, 6, 8),))
+    assert len(attention_branches(program)) == 0
+    assert len(attention_branches(capture(Streams(False).eval(), (torch.randn(2, 4, 6, 8),)))) == 2
 
 
 def test_a_share_of_the_operations_is_reached() -> None:
