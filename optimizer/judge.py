@@ -12,12 +12,13 @@ import torch
 
 from ..codegen.executable import Executable
 from ..codegen.lower import lower, lower_ahead, lower_eager, trial
+from ..codegen.select import Choice
 from ..codegen.triton.compile import interpreted
 from ..codegen.tuner import Tuner
 from ..codegen.versions import fingerprint_of_code, versions
 from ..passes.base import Context, Fidelity, Pass
 from ..passes.errors import VerifyError
-from ..passes.placement import placed
+from ..passes.placement import moved, placed
 from ..passes.program import Program
 from ..passes.verify import reason_against, same_answers, well_formed
 from ..targets import cost
@@ -199,9 +200,8 @@ def lower_and_judge(
     start = time.perf_counter()
     choices, notes = lower(program, target, judge.inputs, tuner, progress)
     plain = Executable(program, lower_eager(program, target), target=target)
-    sites = sum(c.kernel.backend != "eager" for c in choices)
-    step = Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
-    if sites == 0:
+    step = _lowering(program, choices)
+    if step.sites == 0:
         step, result = replace(step, refusal="no backend beats plain operators anywhere"), plain
     else:
         result = Executable(program, choices, target=target)
@@ -210,12 +210,17 @@ def lower_and_judge(
     return result, replace(step, took=time.perf_counter() - start), notes
 
 
+def _lowering(program: Program, choices: Sequence[Choice]) -> Step:
+    """The step of lowering, before its verdict: as many sites as kernels of our own."""
+    sites = sum(c.kernel.backend != "eager" for c in choices)
+    return Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
+
+
 def compile_ahead(program: Program, target: Target) -> tuple[Executable, Step, list[str]]:
     """Lower the final program for a device that is not here: nothing is measured, and kernels are not run."""
     start = time.perf_counter()
     choices, notes = lower_ahead(program, target)
-    sites = sum(c.kernel.backend != "eager" for c in choices)
-    step = Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
+    step = _lowering(program, choices)
     notes.append(f"compiled ahead of time for {target.name}: rewrites were checked on the CPU, kernels were not run")
     result = Executable(program, choices, target=target)
     return result, replace(step, kept=True, took=time.perf_counter() - start), notes
@@ -236,8 +241,7 @@ def lower_streamed(
     if run and not interpreted():
         program = placed(program, torch.device("cuda", torch.cuda.current_device()), weights=False)
     choices, notes = lower_ahead(program, target)
-    sites = sum(c.kernel.backend != "eager" for c in choices)
-    step = Step("lower", Fidelity.EXACT.value, sites, **counts(program, "before"), **counts(program, "after"))
+    step = _lowering(program, choices)
     result = Executable(program, choices, target=target, weights_budget=budget)
     reason = _wrong(result, judge) if run else ""
     if reason:
@@ -255,12 +259,8 @@ def lower_streamed(
 def _wrong(result: Executable, judge: Judge) -> str:
     """Why answers on the device are not those that the host gave; "" if they are."""
     with repeatable():
-        found = result.measured([_moved(v, result.device) for v in judge.inputs])
-        return reason_against(result.program, [_moved(v, torch.device("cpu")) for v in found], judge.answers) or ""
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+        found = result.measured([moved(v, result.device) for v in judge.inputs])
+        return reason_against(result.program, [moved(v, torch.device("cpu")) for v in found], judge.answers) or ""
 
 
 def counts(program: Program, when: str) -> dict[str, Any]:

@@ -143,9 +143,9 @@ def attention_branches(program: Program) -> list[Branch]:
         for end in sorted(n for n in below if n.target in ADDS):
             start = next((s for s in end.all_input_nodes if s in above and _alike(s, end)), None)
             if start is not None:
-                inside = sorted(nx.descendants(graph, start) & nx.ancestors(graph, end))
-                if sum(n.target in ATTENTION for n in inside) == 1:
-                    found.append(Branch(start, end, tuple(inside), "attention"))
+                branch = _branch(graph, start, end)
+                if sum(n.target in ATTENTION for n in branch.nodes) == 1:
+                    found.append(branch)
                 break
     return found
 
@@ -205,9 +205,12 @@ def _joins(graph: nx.DiGraph[fx.Node], chain: Sequence[fx.Node]) -> list[int]:
 
 def _branches(graph: nx.DiGraph[fx.Node], chain: Sequence[fx.Node]) -> Iterable[Branch]:
     for k in _joins(graph, chain):
-        start, end = chain[k - 1], chain[k]
-        inside = sorted(nx.descendants(graph, start) & nx.ancestors(graph, end))
-        yield Branch(start, end, tuple(inside), _kind(graph, inside))
+        yield _branch(graph, chain[k - 1], chain[k])
+
+
+def _branch(graph: nx.DiGraph[fx.Node], start: fx.Node, end: fx.Node) -> Branch:
+    inside = sorted(nx.descendants(graph, start) & nx.ancestors(graph, end))
+    return Branch(start, end, tuple(inside), _kind(graph, inside))
 
 
 def _kind(graph: nx.DiGraph[fx.Node], nodes: Sequence[fx.Node]) -> str:

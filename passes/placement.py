@@ -29,22 +29,23 @@ def placed(program: Program, device: torch.device, *, weights: bool = True) -> P
         weights: False leaves the weights where they are, for what puts them in their place itself. Until then the
             graph says that they are on the device, and the program does not run.
     """
-    moved = program.fork()
+    copy = program.fork()
     if weights:
-        moved = replace(moved, weights={k: _moved(v, device) for k, v in moved.weights.items()})
+        copy = replace(copy, weights={k: moved(v, device) for k, v in copy.weights.items()})
 
     def renamed(value: Any) -> Any:
         return device if isinstance(value, torch.device) else value
 
-    for node in moved.graph.nodes:
+    for node in copy.graph.nodes:
         node.args, node.kwargs = pytree.tree_map(renamed, (node.args, node.kwargs))
         for kind in ("val", "traced"):
             if kind in node.meta:
                 node.meta = {**node.meta, kind: pytree.tree_map(lambda v: _fake_on(v, device), node.meta[kind])}
-    return moved
+    return copy
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor on a device; other values are themselves."""
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 

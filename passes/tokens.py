@@ -113,7 +113,7 @@ def find_local_tokens(program: Program) -> list[Tokens] | Refusal:
     axes, sites = program.axes(), dict[Dim, list[Site]]()
     for branch in attention_branches(program):
         axis = _over_itself(axes, branch)
-        if axis is not None and branch.start.meta["val"].dim() == 3:
+        if axis is not None:
             assert branch.attention is not None
             sites.setdefault(axis, []).append(Site(branch, branch.attention))
     found = []

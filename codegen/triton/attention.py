@@ -20,7 +20,7 @@ from ...targets.target import Target
 from ..base import Region, Schedule
 from ..plans.attention import OPERATOR, Attention, memory_order, plan
 from ..plans.rules import name_of
-from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, long, module, parts, power_of_two
 from .writer import Writer
 
 # queries, keys of a tile, warps, stages; the likelier first
@@ -161,8 +161,6 @@ class _Template:
             scratch = [((*area, n), torch.float32) for n in last]
             texts.append((f"{self.name}_sum", self._join()))
             launches.append(Launch(f"{self.name}_sum", tensors, (self._rows, self._heads), 1))
-        for size in (e for launch in launches for e in launch.grid):
-            self.sizes.text(size)  # grids may name sizes that no kernel reads
         parameters = [*(f"t{k}" for k in tensors), *self.sizes.parameters]
         return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
 
@@ -179,11 +177,8 @@ class _Template:
     @property
     def _grid(self) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
         """Tiles of queries, heads, parts of the keys."""
-        return (
-            parts(self._rows, int(self.schedule["queries"])),
-            self._heads,
-            sympy.Integer(int(self.schedule["splits"])),
-        )
+        tiles = parts(self._rows, int(self.schedule["queries"]))
+        return tiles, self._heads, sympy.Integer(int(self.schedule["splits"]))
 
     def _start(self, w: Writer, row: str) -> tuple[list[str], list[str], str]:
         """Indices of the first packed head, of a row's head, and of its query; a row is [R, 1] or a scalar."""
@@ -193,8 +188,8 @@ class _Template:
             return [*outer, last], [*outer, last], row
         queries = self.sizes.text(p.queries)
         first = w.let(f"{last} * {pack}")
-        own = w.let(f"{first} + {row} // {queries}") if queries != "1" else w.let(f"{first} + {row}")
-        return [*outer, first], [*outer, own], w.let(f"{row} % {queries}") if queries != "1" else "0"
+        own = w.let(f"{first} + {row} // {queries}")
+        return [*outer, first], [*outer, own], w.let(f"{row} % {queries}")
 
     def _base(self, w: Writer, tensor: str, digits: Sequence[str]) -> str:
         terms = []
@@ -206,9 +201,8 @@ class _Template:
 
     def _address(self, tensor: str, base: str, along: str, feature: str) -> str:
         outer, inner = (self.sizes.text(e) for e in self.attention.steps[tensor])
-        wide = along != "0" and is_wide(self.attention.tensors)
-        along = f"{along}.to(tl.int64)" if wide else along
-        return f"t{self.attention.position[tensor]} + {base} + {along} * {outer} + {feature} * {inner}"
+        place = f"{long(along, self.attention.tensors)} * {outer} + {feature} * {inner}"
+        return f"t{self.attention.position[tensor]} + {base} + {place}"
 
     def _main(self) -> list[str]:
         p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})

@@ -133,6 +133,11 @@ def is_wide(tensors: Sequence[torch.Tensor]) -> bool:
     return False
 
 
+def long(number: str, tensors: Sequence[torch.Tensor]) -> str:
+    """The text of a number that strides of some tensors multiply: in 64 bits if offsets may need them."""
+    return f"{number}.to(tl.int64)" if number != "0" and is_wide(tensors) else number
+
+
 def power_of_two(least: int | sympy.Integer) -> int:
     """The smallest power of two that is not less."""
     return 1 << max(0, int(least) - 1).bit_length()

@@ -162,7 +162,8 @@ class Runner:
                 torch.mm(left.view(-1, right.shape[0]), right, out=result)
                 continue
             self._launch(k, (*grid, 1, 1)[:3], (*(taken[t] for t in launch.tensors), *sizes))
-        for given, written in list(zip(tensors, taken, strict=False))[len(tensors) - self.outputs :]:
+        first = len(tensors) - self.outputs
+        for given, written in zip(tensors[first:], taken[first:], strict=False):  # scratch memory comes after them
             if given is not written:
                 given.copy_(written)
 

@@ -20,7 +20,7 @@ from ..base import Region, Schedule
 from ..plans.layout import Access, contiguous
 from ..plans.product import LINEAR, MATRIX
 from ..plans.rules import name_of
-from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, module, parts, power_of_two
 from .product import Product, plan
 from .writer import Place, Writer
 
@@ -196,8 +196,6 @@ class Template:
         return self._code([(name, self._sum(1))], launches, [((p.rows, p.columns), p.dtype)])
 
     def _code(self, texts: Sequence[tuple[str, list[str]]], launches: Sequence[Launch], scratch: Any) -> Code:
-        for size in (e for launch in launches for e in launch.grid):
-            self.sizes.text(size)  # grids may name sizes that no kernel reads
         count = len(self.product.tail.tensors) + len(scratch)
         parameters = [*(f"t{k}" for k in range(count)), *self.sizes.parameters]
         return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
@@ -208,7 +206,6 @@ class Template:
     def _main(self, splits: int) -> list[str]:
         p, w, s = self.product, self._writer(), self.schedule
         height, width, programs = int(s["rows"]), int(s["columns"]), int(s["programs"])
-        cast = ".to(tl.int64)" if is_wide(p.tail.tensors) else ""
         rows, columns = self.sizes.text(p.rows), self.sizes.text(p.columns)
         head = self._descriptors() if bool(s["tma"]) else []
         tiles, batches = parts(p.rows, height) * parts(p.columns, width), sympy.Mul(*p.extents[: p.batch])
@@ -218,8 +215,8 @@ class Template:
             w.line(f"tile = {tile}")
         _tiles(w, rows, columns, height, width)
         outer = w.digits(w.long(batch), p.extents[: p.batch])
-        w.line(f"row = (tile_row * {height} + tl.arange(0, {height}))[:, None]{cast}")
-        w.line(f"column = (tile_column * {width} + tl.arange(0, {width}))[None, :]{cast}")
+        w.line("row = " + w.long(f"(tile_row * {height} + tl.arange(0, {height}))[:, None]"))
+        w.line("column = " + w.long(f"(tile_column * {width} + tl.arange(0, {width}))[None, :]"))
         self._accumulate(w, outer, split, splits)
         if splits > 1:
             area = f"(({split} * {self.sizes.text(batches)} + {batch}) * {rows} + row)"

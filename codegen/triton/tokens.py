@@ -319,7 +319,6 @@ def _loop(w: Writer, end: int, step: int, each: Sequence[str]) -> None:
 
 def _start(w: Writer, plan: Best | Merge, *grid: sympy.Expr | int) -> list[str]:
     """Say which sample this is; the numbers of the program in a grid inside the sample."""
-    w.sizes.text(plan.batch)  # the grid depends on it
     *inside, sample = w.program(*grid, plan.batch)
     w.line(f"sample = {w.long(sample)}")
     return inside

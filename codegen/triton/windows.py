@@ -101,7 +101,6 @@ class WindowLowering:
         found, tensors, sizes = self.windows, self.tensors, Sizes(self.tensors)
         w = Writer(sizes, tensors, found.tail.loads)
         height, width, spread = int(schedule["rows"]), int(schedule["columns"]), bool(schedule["spread"])
-        cast = ".to(tl.int64)" if is_wide(tensors) else ""
         rows = sympy.Mul(*found.extents[:-1])
         grid = rows if spread else parts(rows, height), parts(sympy.Integer(found.columns), width)
         row, side = map(w.long, w.program(*grid))
@@ -112,7 +111,7 @@ class WindowLowering:
         w.line(f"column = {side} * {width} + tl.arange(0, {width})[None, :]")
         across = w.let(f"column < {found.columns}", stem="inside") if found.columns % width else None
         place = Place(w.digits(row, found.extents[:-1]), "column", real, across)
-        self._reduce(w, place, height, width, spread, cast)
+        self._reduce(w, place, height, width, spread)
         w.know(found.tail.result, place, "result")
         for o in found.tail.outputs:
             w.store(o.access, place, w.value(o.value, place))
@@ -120,7 +119,7 @@ class WindowLowering:
         launch = Launch(name, tuple(range(len(tensors))), grid, int(schedule["warps"]))
         return sizes.code(module([function(name, parameters, w.blocks[0].lines)]), [launch])
 
-    def _reduce(self, w: Writer, place: Place, height: int, width: int, spread: bool, cast: str) -> None:
+    def _reduce(self, w: Writer, place: Place, height: int, width: int, spread: bool) -> None:
         """The reduced windows, named ``result``."""
         found, taps = self.windows, self._taps
         counted = found.divisor == "taps"
@@ -129,10 +128,10 @@ class WindowLowering:
             w.line(f"count = tl.zeros([{height}, 1], tl.float32)")
         step = height if spread else 1
         steps = parts(taps, step)
-        unrolled = steps.is_Integer and int(steps) <= UNROLLED and not cast
+        unrolled = steps.is_Integer and int(steps) <= UNROLLED and not is_wide(w.tensors)
         w.line(f"for start in tl.{'static_' if unrolled else ''}range(0, {w.sizes.text(taps)}, {step}):")
         body = Writer(w.sizes, w.tensors, found.loads, count=w.count)
-        tap = body.let(f"start + tl.arange(0, {height})[:, None]" if spread else f"start{cast}", stem="tap")
+        tap = body.let(f"start + tl.arange(0, {height})[:, None]" if spread else body.long("start"), stem="tap")
         guards = [place.rows] if place.rows else []
         if spread and not (taps.is_Integer and int(taps) % height == 0):
             guards.append(body.let(f"{tap} < {w.sizes.text(taps)}", stem="inside"))

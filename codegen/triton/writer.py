@@ -10,7 +10,7 @@ import torch
 
 from ..plans.layout import Access
 from ..plans.values import Value
-from .code import Sizes, dimensions, is_wide
+from .code import Sizes, dimensions, long
 
 BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
           "ne": "!=", "and": "&", "or": "|"}  # fmt: skip
@@ -112,8 +112,8 @@ class Writer:
         return tuple(found)
 
     def long(self, number: str) -> str:
-        """A number that is multiplied by strides: in 64 bits if offsets may need them."""
-        return f"{number}.to(tl.int64)" if is_wide(self.tensors) and number != "0" else number
+        """The text of a number that strides of the parameters multiply."""
+        return long(number, self.tensors)
 
     def offset(self, access: Access, place: Place) -> tuple[str, bool, bool]:
         """Where an access is, and whether that depends on the row and on the column."""

@@ -99,13 +99,14 @@ class MergeTokens(Pass):
         if isinstance(counts, str):
             return Refusal(counts)
         each = dict(zip(order, counts, strict=True))
-        plans = [self._plan(tokens, [each[site.attention] for site in tokens.sites]) for tokens in groups]
-        for plan in plans:  # all of them first: a refusal leaves the program as it was
+        plans = []
+        for tokens in groups:  # all of them first: a refusal leaves the program as it was
+            plan = self._plan(tokens, [each[site.attention] for site in tokens.sites])
             if isinstance(plan, str):
                 return Refusal(plan)
+            plans.append(plan)
         try:
             for tokens, plan in zip(groups, plans, strict=True):
-                assert not isinstance(plan, str)
                 self._merge(Merging(program, tokens, plan.kept), plan)
         except Stopped as stop:
             return Refusal.at(stop.node, str(stop))

@@ -160,11 +160,9 @@ class Merging:
     def weigh(self) -> None:
         """Attention counts a merged token as often as it stands for; so do means and sums over the tokens."""
         current: fx.Node | None = None
-        starts, own = dict(self.sizes), dict[fx.Node, fx.Node]()
-        for edit, (new, sizes) in zip(self.edits, self.sizes, strict=True):
-            if edit.inside is not None:  # branches may stand interleaved in the graph
-                del starts[new]
-                own |= dict.fromkeys(edit.inside, sizes)
+        starts = dict(self.sizes)
+        own = {node: sizes for edit, (_, sizes) in zip(self.edits, self.sizes, strict=True)
+               for node in edit.inside or ()}  # branches may stand interleaved in the graph  # fmt: skip
         for node in list(self.program.graph.nodes):
             current = own.get(node) if own else starts.get(node, current)
             if current is None or node not in self.tokens.axes.values or node.op != "call_function":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import in_threads
 from torch.nn import functional as F
 
 pytest.importorskip("tvm")
@@ -106,11 +106,7 @@ def test_calls_at_the_same_time_have_memory_of_their_own() -> None:
             if not torch.allclose(run(inputs[k])[0], wanted[k], atol=1e-5):
                 wrong.append(k)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(work, range(4))
     assert not wrong
 
 

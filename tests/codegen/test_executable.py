@@ -2,13 +2,13 @@
 
 import gc
 import statistics
-import threading
 import time
 import weakref
 from typing import NamedTuple
 
 import pytest
 import torch
+from threads import in_threads
 from torch.export import Dim
 
 from torchlathe import targets
@@ -217,11 +217,7 @@ def test_two_threads_get_their_own_answers(pair):
                 if not torch.allclose(fast(x, scale), torch.relu(model.linear(x)) * scale, atol=1e-5):
                     wrong.append(seed)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, (1, 2))
     assert not wrong
 
 

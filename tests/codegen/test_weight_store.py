@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import in_threads
 from torch import nn
 
 import torchlathe
@@ -351,11 +351,7 @@ def test_calls_at_the_same_time_take_turns() -> None:
             if not torch.equal(streamed(inputs[k]), wanted[k]):
                 wrong.append(k)
 
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    in_threads(work, range(4))
     assert not wrong
 
 
@@ -407,7 +403,7 @@ def test_a_placed_graph_may_leave_its_weights_where_they_are() -> None:
 
 SCRIPT = """
 import sys, torch, torchlathe
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/.."]
 from test_weight_store import IDS, Chain, bound
 model, memory = Chain().eval(), 60_000
 fast = torchlathe.optimize(model, (IDS,), target="nvidia-sm90", device_memory=memory)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import sympy
 import torch
+from scripts import load
 from torch import nn
 from torch.export import Dim
 from torch.nn import functional as F
@@ -18,8 +16,6 @@ from torch.nn import functional as F
 from torchlathe.passes.axis import Axes
 from torchlathe.passes.capture import capture
 from torchlathe.passes.nodes import expression
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 class Net(nn.Module):
@@ -193,13 +189,8 @@ def test_the_text_names_axes() -> None:
 
 
 def zoo() -> Any:
-    if str(BENCH) not in sys.path:
-        sys.path.insert(0, str(BENCH))
-    spec = importlib.util.spec_from_file_location("zoo", BENCH / "zoo.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    load("zoo_nets")
+    return load("zoo")
 
 
 @pytest.mark.slow
