@@ -3,12 +3,13 @@
 TVM's own tuner keeps a database that several processes may not share, and starts builders and runners of its own. Here
 only its space is used (Shao et al., "Tensor Program Optimization with Probabilistic Programs", 2022): a schedule is the
 seed of one sample from it, so that candidates are made, checked, timed and recorded like all others. The first sample
-in a process takes some 25 seconds, because TVM then reads its tensor intrinsics.
+in a process takes some seconds, because TVM then reads its tensor intrinsics.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -161,6 +162,7 @@ def _import(region: Region) -> Any:
 
 def _sample(nest: Any, target: Any, seed: int) -> Any:
     """One schedule of a loop nest, the same for the same seed. Raises Unsupported."""
+    _frames_known()
     from tvm.s_tir import meta_schedule
 
     module = tvm.IRModule({"main": nest.with_attr("global_symbol", "main")})
@@ -173,6 +175,21 @@ def _sample(nest: Any, target: Any, seed: int) -> Any:
     if not found:
         raise Unsupported("the sample is not a valid schedule")
     return found[0].sch.mod["main"]
+
+
+def _frames_known() -> None:
+    """Tell `inspect` which modules the frames of this call, of imports and of parsed text belong to.
+
+    TVM looks at the whole stack for each of its hundreds of intrinsics, and `inspect` searches all modules of the process
+    for each frame whose file it cannot place: two minutes where many modules are loaded.
+    """
+    known = {name: name for name in ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>", "<ast>")}
+    frame = inspect.currentframe()
+    while frame is not None:
+        known.setdefault(frame.f_code.co_filename, frame.f_globals.get("__name__", ""))
+        frame = frame.f_back
+    for file, module in known.items():
+        inspect.modulesbyfile.setdefault(file, module)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
