@@ -180,10 +180,10 @@ def _sample(nest: Any, target: Any, seed: int) -> Any:
 def _frames_known() -> None:
     """Tell `inspect` which modules the frames of this call, of imports and of parsed text belong to.
 
-    TVM looks at the whole stack for each of its hundreds of intrinsics, and `inspect` searches all modules of the process
-    for each frame whose file it cannot place: two minutes where many modules are loaded.
+    TVM looks at the whole stack for each of its hundreds of intrinsics, and `inspect` searches all modules of the
+    process for each frame whose file it cannot place: two minutes where many modules are loaded.
     """
-    known = {name: name for name in ("<frozen importlib._bootstrap>", "<frozen importlib._bootstrap_external>", "<ast>")}
+    known = {f"<{name}>": "" for name in ("frozen importlib._bootstrap", "frozen importlib._bootstrap_external", "ast")}
     frame = inspect.currentframe()
     while frame is not None:
         known.setdefault(frame.f_code.co_filename, frame.f_globals.get("__name__", ""))
