@@ -93,19 +93,21 @@ class Judge:
             return replace(step, reason=error.what)
         if not self.timed or _calls(before) == _calls(after):
             return replace(step, kept=True)
-        seen = self._compared(before, after, ctx.target, "trial", lambda program: trial(program, ctx.target))
         lossy, saves = rewrite.fidelity is Fidelity.LOSSY, step.flops_after < step.flops_before
+        how = "trial" if lossy else "exact trial"
+        seen = self._compared(before, after, ctx.target, how, lambda program: trial(program, ctx.target), not lossy)
         if self.finish is not None and lossy and saves and not seen.faster:
             seen = self._compared(before, after, ctx.target, f"finish {self.level}", self.finish)
         return self._verdict(seen, step, rewrite.fidelity)
 
     def _compared(
-        self, before: Program, after: Program, target: Target, how: str, make: Callable[[Program], Executable]
-    ) -> Comparison:
+        self, before: Program, after: Program, target: Target, how: str, make: Callable[[Program], Executable],
+        only_slower: bool = False,
+    ) -> Comparison:  # fmt: skip
         """Two programs timed in turn, as executables that `make` makes."""
         what = target, [how, before.text()], [how, after.text()]
-        return recorded(self.records, what, self.budget,
-                        lambda: self._call(make(before)), lambda: self._call(make(after)))  # fmt: skip
+        return recorded(self.records, what, self.budget, lambda: self._call(make(before)),
+                        lambda: self._call(make(after)), only_slower)  # fmt: skip
 
     def scored(self, after: Program, ctx: Context, step: Step) -> Step:
         """The step with its quality, and with a reason if the quality is not enough."""
@@ -133,7 +135,7 @@ class Judge:
             return replace(step, kept=True)
         kernels = [f"{c.kernel.backend} {c.kernel.schedule}" for c in lowered.choices]
         what = target, plain.program.text(), kernels
-        seen = recorded(self.records, what, self.budget, lambda: self._call(plain), lambda: self._call(lowered))
+        seen = recorded(self.records, what, self.budget, lambda: self._call(plain), lambda: self._call(lowered), True)
         return self._verdict(seen, step, Fidelity.EXACT)
 
     def _call(self, executable: Executable) -> Callable[[], Any]:
@@ -166,7 +168,9 @@ def outputs_of(program: Program, inputs: Sequence[Any]) -> list[Any]:
         return program.run(inputs)
 
 
-def recorded(records: Records, what: tuple[Target, Any, Any], budget: float, a: Make, b: Make) -> Comparison:
+def recorded(
+    records: Records, what: tuple[Target, Any, Any], budget: float, a: Make, b: Make, only_slower: bool = False
+) -> Comparison:
     """The comparison of two callables, from the records if they were compared before.
 
     Args:
@@ -174,6 +178,7 @@ def recorded(records: Records, what: tuple[Target, Any, Any], budget: float, a: 
         budget: seconds of interleaved timing.
         a: makes the first callable, and is not called if the comparison is on record.
         b: makes the second one.
+        only_slower: whether it is only asked if the second one is slower; `what` must not stand for other questions.
     """
     key = key_of("compare", fingerprint(what[0]), *what[1:], versions(), fingerprint_of_code(), torch.get_num_threads())
     stored = records.get(key)
@@ -181,7 +186,7 @@ def recorded(records: Records, what: tuple[Target, Any, Any], budget: float, a: 
         with contextlib.suppress(KeyError, ValueError, TypeError):  # else: not one of ours
             first, second = (Timing(*stored[side]) for side in ("a", "b"))
             return Comparison(first, second, *stored["ratio"])
-    seen = compare(a(), b(), budget=budget)
+    seen = compare(a(), b(), budget=budget, only_slower=only_slower)
     sides = {k: [t.median, t.minimum, t.spread, t.rounds] for k, t in (("a", seen.a), ("b", seen.b))}
     records.add({key: {**sides, "ratio": [seen.ratio, seen.low, seen.high]}})
     return seen

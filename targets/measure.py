@@ -12,6 +12,8 @@ from typing import Any
 Call = Callable[[], Any]
 
 SAMPLE_SECONDS = 50e-6  # a sample shorter than this would mostly measure the clock and the loop
+LONG = 0.2  # seconds of a call that needs no second one to warm up
+FEW = 3  # rounds after which a question may be answered
 MARGIN = 1.01  # ratios within 1% count as equal
 EXACT_ROUNDS = 100  # above this the binomial's normal approximation is good to one rank
 
@@ -100,7 +102,7 @@ def time_calls(fn: Call, *, budget: float = 0.2, warmup: int = 2, min_rounds: in
     return Timing.of(samples)
 
 
-def compare(a: Call, b: Call, *, budget: float = 1.0, min_rounds: int = 7) -> Comparison:
+def compare(a: Call, b: Call, *, budget: float = 1.0, min_rounds: int = 7, only_slower: bool = False) -> Comparison:
     """Time `a` and `b` interleaved (A B, B A, ...), so that drift and load of the machine hit both alike.
 
     Args:
@@ -108,9 +110,17 @@ def compare(a: Call, b: Call, *, budget: float = 1.0, min_rounds: int = 7) -> Co
         b: the candidate.
         budget: seconds of sampling for both together.
         min_rounds: rounds to run even if they exceed the budget; fewer than 6 cannot reach 95% confidence.
+        only_slower: whether only `Comparison.slower` is asked. Beyond the budget three rounds then do, if they
+            exclude it: the interval of so few rounds is their whole range, which further ones can only widen.
     """
-    first, second = (Timing.of(s) for s in _interleave([a, b], budget, 2, min_rounds, None))
-    return Comparison.of(first, second)
+
+    def judged(samples: list[list[float]]) -> Comparison:
+        return Comparison.of(*(Timing.of(s) for s in samples))
+
+    def enough(samples: list[list[float]]) -> bool:
+        return only_slower and not judged(samples).slower
+
+    return judged(_interleave([a, b], budget, 2, min_rounds, None, enough))
 
 
 def compare_many(fns: Mapping[str, Call], budget: float = 1.0, min_rounds: int = 7) -> dict[str, Timing]:
@@ -147,9 +157,14 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _interleave(
-    fns: Sequence[Call], budget: float, warmup: int, min_rounds: int, max_rounds: int | None
+    fns: Sequence[Call],
+    budget: float,
+    warmup: int,
+    min_rounds: int,
+    max_rounds: int | None,
+    enough: Callable[[list[list[float]]], bool] = lambda samples: False,
 ) -> list[list[float]]:
-    """Samples (seconds of one call) of every callable, one per round."""
+    """Samples (seconds of one call) of every callable, one per round; beyond the budget until there are `enough`."""
     batches = [_batch_size(fn, warmup) for fn in fns]
     samples: list[list[float]] = [[] for _ in fns]
     start, rounds = perf_counter(), 0
@@ -158,6 +173,8 @@ def _interleave(
             samples[i].append(_sample(fns[i], batches[i]))
         rounds += 1
         if max_rounds is not None and rounds >= max_rounds:
+            break
+        if rounds >= FEW and perf_counter() - start >= budget and enough(samples):
             break
     return samples
 
@@ -179,9 +196,10 @@ def _sample(fn: Call, batch: int) -> float:
 
 
 def _batch_size(fn: Call, warmup: int) -> int:
-    """Calls per sample so that a sample lasts at least SAMPLE_SECONDS, after `warmup` calls."""
+    """Calls per sample so that a sample lasts at least SAMPLE_SECONDS, after `warmup` calls, or after a long one."""
     for _ in range(warmup - 1):
-        fn()
+        if _sample(fn, 1) > LONG:
+            return 1
     batch = 1
     while (seconds := _sample(fn, batch) * batch) < SAMPLE_SECONDS:
         batch = max(2 * batch, min(math.ceil(batch * SAMPLE_SECONDS / seconds), 1000 * batch))

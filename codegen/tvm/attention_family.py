@@ -19,7 +19,7 @@ from .attention import Form, function
 from .row_family import lanes_of
 
 HEIGHTS = {4: 6, 3: 8, 2: 12, 1: 16}  # rows of a tile by its vectors: 24 accumulators of 32 vector registers
-SMALL_HEIGHTS = {2: 4, 1: 8}  # for 16 vector registers
+SMALL_HEIGHTS = {2: 6, 3: 4, 1: 12}  # 12 accumulators of 16 vector registers
 BLOCK = 512  # keys whose scores are kept at once
 SPARSE = (128, 64)  # the same where a mask hides whole blocks
 RUN, MOST = 256, 2048  # keys of a task in decoding: where sizes are symbolic, and at most
@@ -69,7 +69,7 @@ class AttentionLowering:
         registers = 28 if target.vector_bits >= 512 else 12
         most = -(-int(queries) // lanes) if queries.is_Integer else 4
         longest = min(int(keys), BLOCK) if keys.is_Integer else BLOCK
-        for vectors in dict.fromkeys(min(v, most) for v in ((4, 3, 2) if registers > 12 else (2, 1))):
+        for vectors in dict.fromkeys(min(v, most) for v in ((4, 3, 2) if registers > 12 else (2, 3))):
             height = HEIGHTS[vectors] if registers > 12 else SMALL_HEIGHTS[vectors]
             names = ("vectors", "rows", "block")
             for block in dict.fromkeys((longest, *self._sparse_blocks(vectors * lanes))):

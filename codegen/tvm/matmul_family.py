@@ -32,7 +32,7 @@ from .product import Product, plan
 from .row_family import lanes_of
 
 TILES = ((6, 4), (9, 3), (8, 3), (13, 2), (12, 2))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
-SMALL_TILES = ((4, 2), (6, 1))  # for 16 vector registers
+SMALL_TILES = ((6, 2), (4, 3), (4, 2))  # 8 to 12 accumulators of 16 vector registers
 MOST = ((1, 9), (4_000_000, 1), (40_000_000, 3), (math.inf, 9))  # schedules by floating point operations; 0: unknown
 BLOCK_COLUMNS = 192  # of one task when rows are cut into blocks
 SHARES = 4  # tasks of a core, so that a core that is slow for a while can be helped
