@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import networkx as nx
 from torch import fx
 
 from ..passes.program import Program
+from ..targets import cost
 from ..targets.target import Target
 from .base import Backend, Region
 
@@ -17,12 +19,15 @@ def partition(program: Program, backends: Sequence[Backend], target: Target) -> 
     """Regions in an order in which they can run; every call of the program is in exactly one.
 
     Backends are asked in the given order. Each grows clusters greedily along data flow: a node joins the clusters of
-    its producers as long as the backend supports the union and no value leaves the cluster and comes back. What no
-    backend claims becomes a region of one node, or of a node of several results and those that take it apart.
+    its producers as long as the backend supports the union and no value leaves the cluster and comes back; then nodes
+    at the end of a cluster move to the one that reads them where that leaves fewer bytes to be written and read again.
+    What no backend claims becomes a region of one node, or of a node of several results and those that take it apart.
     """
     cut = _Cut(program)
     for backend in backends:
         cut.claim(backend, target)
+        cut.join(backend, target)
+        cut.shift(backend, target)
     return cut.ordered()
 
 
@@ -61,10 +66,49 @@ class _Cut:
                     union = sorted([*self.cluster[source], *self.cluster[node]], key=self.position.__getitem__)
                     if backend.supports(Region.of(union), target) is None and self._convex(union):
                         self.owner[node] = self.owner[source] = backend.name
-                        for member in union:
-                            self.wide.pop(self.position[self.cluster[member][0]], None)
-                            self.cluster[member] = union
-                        self.wide[self.position[union[0]]] = union
+                        self._regroup(union)
+
+    def _regroup(self, *groups: list[fx.Node]) -> None:
+        """Let these groups be the clusters of their members, which were in no other clusters than members are now."""
+        for member in itertools.chain(*groups):
+            self.wide.pop(self.position[self.cluster[member][0]], None)
+        for group in groups:
+            self.cluster.update(dict.fromkeys(group, group))
+            if len(group) > 1:
+                self.wide[self.position[group[0]]] = group
+
+    def join(self, backend: Backend, target: Target) -> None:
+        """Join a cluster with the one that reads parts of its result, which no step of `claim` could reach."""
+        for node in self.calls:
+            own, views = self.cluster[node], list(node.users)
+            if self.owner.get(node) != backend.name or len(views) < 2 or not all(map(cost.is_free, views)):
+                continue
+            readers = [self.cluster.get(n) for v in views for n in (v, *v.users) if self.cluster.get(n) != [v]]
+            reader = readers[0] if readers else None
+            if reader is None or reader is own or any(r is not reader for r in readers):
+                continue
+            union = sorted({*own, *views, *reader}, key=self.position.__getitem__)
+            mine = self.owner.get(reader[0]) == backend.name
+            if mine and backend.supports(Region.of(union), target) is None and self._convex(union):
+                self.owner.update(dict.fromkeys(union, backend.name))
+                self._regroup(union)
+
+    def shift(self, backend: Backend, target: Target) -> None:
+        """Move nodes of the backend's clusters to the only cluster that reads them, where that saves bytes.
+
+        No circle can close: what the reader then waits for, it waited for before.
+        """
+        for node in reversed(self.calls):
+            own, readers = self.cluster[node], [self.cluster.get(user) for user in node.users]
+            reader = readers[0] if readers else None
+            if reader is None or reader is own or len(own) == 1 or any(r is not reader for r in readers):
+                continue
+            if {self.owner.get(n) for n in (node, reader[0])} != {backend.name} or _saved(node, own, reader) <= 0:
+                continue
+            rest = [n for n in own if n is not node]
+            union = sorted([node, *reader], key=self.position.__getitem__)
+            if all(backend.supports(Region.of(nodes), target) is None for nodes in (union, rest)):
+                self._regroup(rest, union)
 
     def _convex(self, union: Sequence[fx.Node]) -> bool:
         """Whether merging leaves the quotient graph acyclic: no way out of the union leads back into it."""
@@ -103,3 +147,17 @@ class _Cut:
                     if source in self.position and (origin := self.position[self.cluster[source][0]]) != key:
                         quotient.add_edge(origin, key)
         return [Region.of(groups[key]) for key in nx.lexicographical_topological_sort(quotient)]
+
+
+def _saved(node: fx.Node, own: Sequence[fx.Node], reader: Sequence[fx.Node]) -> int:
+    """Bytes that need not be written or read when a node moves from its own cluster to the one that reads it."""
+    inside, beyond = set(own), set(reader)
+    saved = 2 * cost.stored_bytes(node)
+    for source in node.all_input_nodes:
+        size, others = cost.stored_bytes(source), [user for user in source.users if user is not node]
+        if source in inside:
+            saved -= 0 if any(user not in inside for user in others) else size  # now it must be written
+        else:
+            saved += 0 if any(user in inside for user in others) else size  # not read there any more
+        saved -= 0 if any(user in beyond for user in others) else size
+    return saved

@@ -20,6 +20,7 @@ PASSES: tuple[Pass, ...] = (
     P.FoldNorm(),
     P.MergeReparam(),
     P.FuseAttention(),
+    P.SimplifyAttention(),
     P.MergeCommon(),
     P.FuseQkv(),
     P.DropCopies(),

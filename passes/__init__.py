@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .exact.hoist_invariant import HoistInvariant as HoistInvariant
     from .exact.merge_common import MergeCommon as MergeCommon
     from .exact.merge_reparam import MergeReparam as MergeReparam
+    from .exact.simplify_attention import SimplifyAttention as SimplifyAttention
     from .lossy.merge_frames import MergeFrames as MergeFrames
     from .lossy.merge_tokens import MergeTokens as MergeTokens
     from .lossy.prune_and_restore import PruneAndRestore as PruneAndRestore
@@ -33,6 +34,7 @@ PASSES = {
     "HoistInvariant": ".exact.hoist_invariant",
     "MergeCommon": ".exact.merge_common",
     "MergeReparam": ".exact.merge_reparam",
+    "SimplifyAttention": ".exact.simplify_attention",
     "MergeFrames": ".lossy.merge_frames",
     "MergeTokens": ".lossy.merge_tokens",
     "PruneAndRestore": ".lossy.prune_and_restore",

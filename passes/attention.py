@@ -15,6 +15,7 @@ from .program import Program
 
 aten = torch.ops.aten
 
+ATTENTION = aten.scaled_dot_product_attention.default
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default, aten._safe_softmax.default}
 CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.other, aten.to.device, aten.type_as.default}
 COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
@@ -32,6 +33,7 @@ FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
 
 
+MANY_KEYS = 16  # from which on torch's kernel keeps NaN without a mask: with fewer keys than vector lanes it gives 0
 REACH = 64  # nodes that may stand between the product and the softmax
 
 

@@ -17,6 +17,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from .attention import ATTENTION
 from .nodes import expression
 from .program import Program
 from .text import stable_text
@@ -27,7 +28,6 @@ NORMS = {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default
          aten.native_layer_norm.default}  # fmt: skip
 LINEARS = {aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default}
 CONVOLUTIONS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
-ATTENTION = {aten.scaled_dot_product_attention.default}
 MOST = 64  # candidates for the first value of the stream
 
 
@@ -55,7 +55,7 @@ class Branch:
     @property
     def attention(self) -> fx.Node | None:
         """The attention operator, if it has one."""
-        return next((n for n in self.nodes if n.target in ATTENTION), None)
+        return next((n for n in self.nodes if n.target is ATTENTION), None)
 
     @property
     def linears(self) -> list[fx.Node]:
@@ -138,13 +138,13 @@ def attention_branches(program: Program) -> list[Branch]:
     Where resolutions change, as in a U-Net, no stream goes through all of them.
     """
     graph, found = _flow(program), list[Branch]()
-    for attention in (n for n in program.graph.nodes if n.target in ATTENTION):
+    for attention in (n for n in program.graph.nodes if n.target is ATTENTION):
         above, below = nx.ancestors(graph, attention), nx.descendants(graph, attention)
         for end in sorted(n for n in below if n.target in ADDS):
             start = next((s for s in end.all_input_nodes if s in above and _alike(s, end)), None)
             if start is not None:
                 branch = _branch(graph, start, end)
-                if sum(n.target in ATTENTION for n in branch.nodes) == 1:
+                if sum(n.target is ATTENTION for n in branch.nodes) == 1:
                     found.append(branch)
                 break
     return found
@@ -215,8 +215,8 @@ def _branch(graph: nx.DiGraph[fx.Node], start: fx.Node, end: fx.Node) -> Branch:
 
 def _kind(graph: nx.DiGraph[fx.Node], nodes: Sequence[fx.Node]) -> str:
     targets = {n.target for n in nodes}
-    if targets & ATTENTION:
-        inside, attention = graph.subgraph(nodes), next(n for n in nodes if n.target in ATTENTION)
+    if ATTENTION in targets:
+        inside, attention = graph.subgraph(nodes), next(n for n in nodes if n.target is ATTENTION)
         own = nx.ancestors(inside, attention) | nx.descendants(inside, attention)
         return "parallel" if sum(n.target in LINEARS and n not in own for n in nodes) > 1 else "attention"
     if targets & CONVOLUTIONS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 import sysconfig
 import warnings
@@ -231,6 +232,8 @@ def _unique(name: str, taken: Mapping[str, Any]) -> str:
 def clean(program: Program, training: bool = False) -> None:
     """Remove what tracing leaves behind: metadata asserts, no-op casts, aliases, dropout in eval mode, dead nodes.
 
+    Pieces of a tensor become slices of it, so that an operator of several results is not between a value and its parts.
+
     Raises:
         CaptureError: `training` is set and an operator behaves as in training (dropout, batch statistics).
     """
@@ -245,6 +248,8 @@ def clean(program: Program, training: bool = False) -> None:
         elif (source := _same_value(node)) is not None:
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
+        elif node.target in (aten.split.Tensor, aten.split_with_sizes.default):
+            _slice_pieces(program, node)
     for node in reversed(list(program.graph.nodes)):
         erase_unused(node)
     for node in list(program.graph.nodes):
@@ -252,6 +257,21 @@ def clean(program: Program, training: bool = False) -> None:
             program.graph.erase_node(node)
     used = {str(n.target) for n in program.graph.nodes if n.op == "get_attr"} | {s.slot for s in program.state}
     program.weights = {k: v for k, v in program.weights.items() if k in used}
+
+
+def _slice_pieces(program: Program, node: fx.Node) -> None:
+    """Let the readers of a split read slices, where sizes are static."""
+    given, pieces = arguments(node), node.meta["val"]
+    source, dim = given["self"], given["dim"] % pieces[0].dim()
+    ends = list(itertools.accumulate(p.shape[dim] for p in pieces))
+    if not all(isinstance(end, int) for end in ends) or any(u.target is not operator.getitem for u in node.users):
+        return
+    for user in list(node.users):
+        k = int(user.args[1])  # type: ignore[arg-type]
+        first = ends[k] - pieces[k].shape[dim]
+        piece = program.call(aten.slice.Tensor, source, dim, first, ends[k], before=user, like=user)
+        user.replace_all_uses_with(piece)
+        program.graph.erase_node(user)
 
 
 def _same_value(node: fx.Node) -> fx.Node | None:

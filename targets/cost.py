@@ -100,6 +100,11 @@ def bytes_moved(node: fx.Node) -> int:
     return written + read + sum(_stored_bytes(value) for source in sources for value in _tensors(source))
 
 
+def stored_bytes(node: fx.Node) -> int:
+    """Bytes of the node's value in memory."""
+    return sum(_stored_bytes(value) for value in _tensors(node))
+
+
 def totals(nodes: Iterable[fx.Node]) -> tuple[int, int]:
     """Operations and bytes of all nodes, each run on its own."""
     pairs = [(flops(node), bytes_moved(node)) for node in nodes]

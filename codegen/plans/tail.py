@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import fx
 from ..base import Region, in_memory
 from .layout import Access, access_of
 from .rows import Output, equal_shapes, output_access, reach, reason_against, result_of
-from .rules import read
-from .values import KINDS, Builder, Coordinate, Extent, Site, Unsupported, Value, broadcast, shape
+from .rules import name_of, read
+from .values import COLUMN, KINDS, Builder, Coordinate, Extent, Site, Unsupported, Value, bound, broadcast, shape
 
 
 @dataclass
@@ -24,18 +24,43 @@ class Tail:
         tensors: fake tensors of the parameters: inputs, placeholders for constants, outputs.
         outputs: results of the row program.
         loads: accesses of the row program.
-        result: the value in the row program that stands for the accumulated sum.
+        results: the values in the row program that stand for accumulated sums, by the first column of the part of the
+            product that they belong to; one, at column 0, unless several parts are put together.
     """
 
     tensors: list[torch.Tensor]
     outputs: list[Output]
     loads: dict[Value, Access]
-    result: Value
+    results: dict[int, Value]
+
+    @property
+    def result(self) -> Value:
+        """The accumulated sum, if there is one."""
+        (value,) = self.results.values()
+        return value
+
+
+def column_parts(region: Region, root: fx.Node) -> tuple[int, ...]:
+    """First columns of the equally wide parts of a product that are put together, such as a gate and what it lets pass.
+
+    The region reads the product by slices of its columns only; (0,) if it reads the product itself. Raises Unsupported.
+    """
+    width, columns = shape(region.outputs[0])[-1:], shape(root)[-1]
+    if root in region.outputs or equal_shapes(width, (columns,)):
+        return (0,)
+    starts = set()
+    for user in root.users:
+        given = bound(user) if name_of(user) == "slice" else {}
+        along = given and given["dim"] % len(shape(root)) == len(shape(root)) - 1 and given["step"] == 1
+        if not along or not isinstance(given["start"], int) or not equal_shapes(shape(user)[-1:], width):
+            raise Unsupported("the product is read otherwise than by equal parts of its columns")
+        starts.add(given["start"] % columns)
+    return tuple(sorted(starts))
 
 
 def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: int,
               order: tuple[int, ...] | None = None, inner: Collection[fx.Node] = (),
-              scale: fx.Node | None = None, device: str = "cpu") -> Tail:  # fmt: skip
+              scale: fx.Node | None = None, device: str = "cpu", parts: Sequence[int] = (0,)) -> Tail:  # fmt: skip
     """The tail of a region whose other nodes all come after `root`. Raises Unsupported with the reason.
 
     Args:
@@ -45,22 +70,25 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
         inner: nodes of the region that come before `root`.
         scale: what the result is multiplied with first, one number per column.
         device: kind of device that the kernel runs on.
+        parts: first columns of the parts of the result that are put together; the space has the columns of one.
     """
     rest = [n for n in region.nodes if n is not root and n not in inner]
     for node in rest:
         if (reason := reason_against(node)) is not None:
             raise Unsupported(reason)
-    sizes = shape(root)
+    sizes = shape(root) if len(parts) == 1 else (*shape(root)[:-1], shape(region.outputs[0])[-1])
     space = sizes if order is None else tuple(sizes[d] for d in order)
     build, memo = Builder(region, space, device), dict[Any, Value]()
     at = coordinates(build, order)
     tensors = [*(n.meta["val"] for n in region.inputs), *(torch.empty(0) for _ in range(constants))]
-    result = summed = build.product(KINDS.get(root.meta["val"].dtype, "float32"))
-    if scale is not None:
-        summed = build.op("mul", summed, _addend(build, root, scale, at, memo, order))
-    if addend is not None:
-        summed = build.op("add", summed, _addend(build, root, addend, at, memo, order))
-    memo[root, at] = build.rounded(summed, root.meta["val"].dtype)
+    results = {start: build.product(KINDS.get(root.meta["val"].dtype, "float32"), start) for start in parts}
+    for start, summed in results.items():
+        where = (*at[:-1], (COLUMN, start)) if len(parts) > 1 else at
+        if scale is not None:
+            summed = build.op("mul", summed, _addend(build, root, scale, where, memo, order))
+        if addend is not None:
+            summed = build.op("add", summed, _addend(build, root, addend, where, memo, order))
+        memo[root, where] = build.rounded(summed, root.meta["val"].dtype)
     outputs = []
     for k, node in enumerate(region.outputs):
         if not equal_shapes(shape(node), sizes):
@@ -68,11 +96,13 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
         value = read(build, set(rest), memo, node, at)
         outputs.append(Output(value, False, output_access(len(tensors) + k, space, False)))
     reached = reach([o.value for o in outputs])
-    if result not in reached or any(v.op in ("reduce", "cat", "pick", "gather") for v in reached):
+    if any(result not in reached for result in results.values()) or any(
+        v.op in ("reduce", "cat", "pick", "gather") for v in reached
+    ):
         raise Unsupported("the nodes after the product are not pointwise")
     tensors += [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
     loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op == "load"}
-    return Tail(tensors, outputs, loads, result)
+    return Tail(tensors, outputs, loads, results)
 
 
 def coordinates(build: Builder, order: tuple[int, ...] | None) -> tuple[Coordinate, ...]:

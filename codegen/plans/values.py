@@ -125,9 +125,9 @@ class Builder:
         cost = max(p.cost for p in parts)
         return self._make("pick", tuple(parts), (at, bounds), parts[0].kind, vary, stage, cost)
 
-    def product(self, kind: str = "float32") -> Value:
-        """The element of a matrix product at this row and column: what the accumulators hold."""
-        return self._make("product", (), None, kind, True, 0, 0)
+    def product(self, kind: str = "float32", start: int = 0) -> Value:
+        """The element of a matrix product at this row, so many columns after this one: what the accumulators hold."""
+        return self._make("product", (), start, kind, True, 0, 0)
 
     def cat(self, parts: Sequence[Value], bounds: tuple[int, ...]) -> Value:
         """Part k from column bounds[k] on."""

@@ -71,7 +71,7 @@ def _product(conv: Convolution, tail: Tail, walk: Access, right: Access, steps: 
     down, over = (sympy.Integer(s) for s in steps)
     depth = sympy.Integer(conv.channels * conv.window[0] * conv.window[1])
     dtype = conv.weight.meta["val"].dtype
-    return Product(tail, left, right, walk.strides[-1], (down, over), extents, 0, depth, dtype)
+    return Product(tail, left, right, walk.strides[-1], (down, over), extents, 0, depth, dtype, extents[-1])
 
 
 @dataclass(kw_only=True)

@@ -64,7 +64,7 @@ class MatmulLowering:
     @property
     def flops(self) -> int:
         """Floating point operations of the product, 0 if sizes are symbolic."""
-        sizes = [*self.product.extents, self.product.depth]
+        sizes = [*self.product.extents, self.product.depth, sympy.Integer(len(self.product.parts))]
         return 2 * math.prod(int(s) for s in sizes) if all(s.is_Integer for s in sizes) else 0
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
@@ -75,7 +75,7 @@ class MatmulLowering:
         """Tiles that fit the target and the product, the likelier first."""
         p = self.product
         rows = int(p.rows) if p.rows.is_Integer else 4096
-        columns = int(p.columns) if p.columns.is_Integer else 4096
+        columns, share = int(p.columns) if p.columns.is_Integer else 4096, len(p.parts)
         if p.dtype is torch.float32:
             tiles: Sequence[tuple[int, ...]] = FULL
         else:
@@ -84,13 +84,13 @@ class MatmulLowering:
         if self._has_library():
             yield Schedule("library")
         seen = set()
-        for height, width, depth, warps, stages in self._ordered(tiles, rows, columns, batches, target):
+        for height, width, depth, warps, stages in self._ordered(tiles, rows, columns * share, batches, target):
             height = max(16, min(height, power_of_two(rows)))
-            width = max(16, min(width, power_of_two(columns)))
+            width = max(16, min(power_of_two(width // share), power_of_two(columns)))
             depth = max(16, min(depth, power_of_two(int(p.depth)))) if p.depth.is_Integer else depth
             blocks = -(-rows // height) * -(-columns // width) * batches
             splits = self._splits(blocks, depth, target)
-            if not _fits(height, width, depth, stages, p.dtype, target):
+            if not _fits(height, width * share, depth, stages, p.dtype, target):
                 continue
             for split in splits:
                 for tma in self._tma(target) if split == 1 and height >= 64 else (False,):
@@ -180,7 +180,7 @@ class Template:
         launches = [Launch(self.name, parameters, grid, warps, stages)]
         if splits == 1:
             return self._code(texts, launches, [])
-        scratch = [((sympy.Integer(splits), batches, p.rows, p.columns), torch.float32)]
+        scratch = [((sympy.Integer(splits), batches, p.rows, p.width), torch.float32)]
         texts.append((f"{self.name}_sum", self._sum(splits)))
         launches.append(Launch(f"{self.name}_sum", parameters, (parts(p.rows * p.columns, SHARE), batches), 4))
         return self._code(texts, launches, scratch)
@@ -193,7 +193,7 @@ class Template:
             Launch("", (p.left.buffer, p.right.buffer, count), (sympy.Integer(1),), turned=p.turned),
             Launch(name, tuple(range(count + 1)), (parts(p.rows * p.columns, SHARE), sympy.Integer(1)), 4),
         ]
-        return self._code([(name, self._sum(1))], launches, [((p.rows, p.columns), p.dtype)])
+        return self._code([(name, self._sum(1))], launches, [((p.rows, p.width), p.dtype)])
 
     def _code(self, texts: Sequence[tuple[str, list[str]]], launches: Sequence[Launch], scratch: Any) -> Code:
         count = len(self.product.tail.tensors) + len(scratch)
@@ -219,25 +219,33 @@ class Template:
         w.line("column = " + w.long(f"(tile_column * {width} + tl.arange(0, {width}))[None, :]"))
         self._accumulate(w, outer, split, splits)
         if splits > 1:
-            area = f"(({split} * {self.sizes.text(batches)} + {batch}) * {rows} + row)"
+            area = f"(({split} * {self.sizes.text(batches)} + {batch}) * {rows} + row) * {self.sizes.text(p.width)}"
             inside = f"(row < {rows}) & (column < {columns})"
-            w.line(f"tl.store(t{len(p.tail.tensors)} + {area} * {columns} + column, sums, mask={inside})")
+            for part, sums in self._parts:
+                w.line(f"tl.store(t{len(p.tail.tensors)} + {area} + column{part}, {sums}, mask={inside})")
         else:
-            self._finish(w, outer, "row", "column", "sums")
+            self._finish(w, outer)
         body = w.blocks[0].lines
         if not programs:
             return [*head, *body]
         return [*head, f"for tile in tl.range(tl.program_id(0), {self.sizes.text(tiles)}, {programs}, flatten=True):",
                 *(f"    {line}" for line in body)]  # fmt: skip
 
-    def _finish(self, w: Writer, outer: Sequence[str], row: str, column: str, sums: str) -> None:
+    @property
+    def _parts(self) -> list[tuple[str, str]]:
+        """For each part of the right operand what is added to a column, and the name of the sums."""
+        starts = self.product.parts
+        return [(f" + {start}" if start else "", "sums" if k == 0 else f"sums{k}") for k, start in enumerate(starts)]
+
+    def _finish(self, w: Writer, outer: Sequence[str]) -> None:
         """What follows the product, and the stores."""
         p = self.product
-        digits = (*outer, *w.digits(row, p.extents[p.batch : -1]))
-        inside = w.let(f"{row} < {self.sizes.text(p.rows)}", stem="inside")
-        across = w.let(f"{column} < {self.sizes.text(p.columns)}", stem="inside")
-        place = Place(digits, column, inside, across)
-        w.know(p.tail.result, place, sums)
+        digits = (*outer, *w.digits("row", p.extents[p.batch : -1]))
+        inside = w.let(f"row < {self.sizes.text(p.rows)}", stem="inside")
+        across = w.let(f"column < {self.sizes.text(p.columns)}", stem="inside")
+        place = Place(digits, "column", inside, across)
+        for result, (_, sums) in zip(p.tail.results.values(), self._parts, strict=True):
+            w.know(result, place, sums)
         for o in p.tail.outputs:
             w.store(o.access, place, w.value(o.value, place))
 
@@ -245,7 +253,8 @@ class Template:
         p, s = self.product, self.schedule
         height, width, block = (int(s[k]) for k in ("rows", "columns", "depth"))
         depth = self.sizes.text(p.depth)
-        w.line(f"sums = tl.zeros([{height}, {width}], tl.float32)")
+        for _, sums in self._parts:
+            w.line(f"{sums} = tl.zeros([{height}, {width}], tl.float32)")
         if bool(s["tma"]):
             self._by_descriptors(w, height, width, block)
             return
@@ -267,15 +276,17 @@ class Template:
         guards = ["", ""] if even else [", mask=along[None, :] < {}, other=0", ", mask=along[:, None] < {}, other=0"]
         step, (down, over) = self.sizes.text(p.left_step), map(self.sizes.text, p.right_steps)
         w.line(f"    a = tl.load(t{p.left.buffer} + {left} + along[None, :] * {step}{guards[0].format(last)})")
-        w.line(f"    b = tl.load(t{p.right.buffer} + {right} + along[:, None] * {down} + across * {over}"
-               f"{guards[1].format(last)})")  # fmt: skip
-        w.line("    sums = device.dot(a, b, sums)")
+        for part, sums in self._parts:
+            column = f"(across{part})" if part else "across"
+            w.line(f"    b = tl.load(t{p.right.buffer} + {right} + along[:, None] * {down} + {column} * {over}"
+                   f"{guards[1].format(last)})")  # fmt: skip
+            w.line(f"    {sums} = device.dot(a, b, {sums})")
 
     def _descriptors(self) -> list[str]:
         """What the bulk copy engine knows of the operands."""
         p, s = self.product, self.schedule
         height, width, block = (int(s[k]) for k in ("rows", "columns", "depth"))
-        rows, columns, depth = int(p.rows), int(p.columns), int(p.depth)
+        rows, columns, depth = int(p.rows), int(p.width), int(p.depth)
         flipped = p.right_steps[0] == 1
         outer, inner = (columns, depth) if flipped else (depth, columns)
         step = int(p.right_steps[1] if flipped else p.right_steps[0])
@@ -290,9 +301,10 @@ class Template:
         flipped = p.right_steps[0] == 1  # the weight of a linear layer: [columns, depth]
         w.line(f"for start in range(0, {int(p.depth)}, {block}):")
         w.line(f"    a = left.load([tile_row * {height}, start])")
-        at = f"[tile_column * {width}, start]" if flipped else f"[start, tile_column * {width}]"
-        w.line(f"    b = right.load({at}){'.T' if flipped else ''}")
-        w.line("    sums = device.dot(a, b, sums)")
+        for part, sums in self._parts:
+            first = f"tile_column * {width}{part}"
+            w.line(f"    b = right.load({f'[{first}, start]).T' if flipped else f'[start, {first}])'}")
+            w.line(f"    {sums} = device.dot(a, b, {sums})")
 
     def _sum(self, splits: int) -> list[str]:
         """Adds up the parts of a split depth, and computes what follows."""
@@ -304,12 +316,15 @@ class Template:
         w.line(f"at = {share} * {SHARE} + tl.arange(0, {SHARE})[None, :]")
         w.line(f"row = at // {columns}")
         w.line(f"column = at % {columns}")
-        w.line(f"sums = tl.zeros([1, {SHARE}], tl.float32)")
+        for _, sums in self._parts:
+            w.line(f"{sums} = tl.zeros([1, {SHARE}], tl.float32)")
         w.line(f"for part in tl.static_range({splits}):")
-        w.line(f"    area = (part * {self.sizes.text(batches)} + {batch}) * {rows} * {columns} + at")
-        part = f"tl.load(t{len(p.tail.tensors)} + area, mask=row < {rows}, other=0)"
-        w.line(f"    sums += {part}.to(tl.float32)")
-        self._finish(w, outer, "row", "column", "sums")
+        area = f"((part * {self.sizes.text(batches)} + {batch}) * {rows} + row) * {self.sizes.text(p.width)} + column"
+        w.line(f"    area = {area}")
+        for part, sums in self._parts:
+            scratch = f"tl.load(t{len(p.tail.tensors)} + area{part}, mask=row < {rows}, other=0)"
+            w.line(f"    {sums} += {scratch}.to(tl.float32)")
+        self._finish(w, outer)
         return w.blocks[0].lines
 
 

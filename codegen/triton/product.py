@@ -11,7 +11,7 @@ from ..base import Region
 from ..plans.layout import Access, expression, merge
 from ..plans.product import LINEAR, MATRIX, check_operands, operands, walks_of
 from ..plans.rules import name_of
-from ..plans.tail import Tail, plan_tail
+from ..plans.tail import Tail, column_parts, plan_tail
 from ..plans.values import FLOATS, Unsupported, shape
 
 
@@ -29,8 +29,10 @@ class Product:
         batch: how many of the extents the right operand depends on.
         depth: size of the dimension that is summed over.
         dtype: of the operands.
+        width: columns of the right operand.
         turned: whether the right operand is the weight of a linear layer, [columns, depth].
         library: whether something follows that torch's own product would leave to other kernels.
+        parts: first columns of the parts of the right operand that are put together; the space has the columns of one.
     """
 
     tail: Tail
@@ -42,8 +44,10 @@ class Product:
     batch: int
     depth: sympy.Expr
     dtype: torch.dtype
+    width: sympy.Expr
     turned: bool = False
     library: bool = False
+    parts: tuple[int, ...] = (0,)
 
     @property
     def rows(self) -> sympy.Expr:
@@ -69,10 +73,11 @@ def plan(region: Region) -> Product:
     dtype = left.meta["val"].dtype
     if dtype not in FLOATS or right.meta["val"].dtype is not dtype:
         raise Unsupported(f"a product of {dtype} and {right.meta['val'].dtype}")
-    space = shape(root)
+    parts = column_parts(region, root)
+    space = shape(root) if len(parts) == 1 else (*shape(root)[:-1], shape(region.outputs[0])[-1])
     if any(isinstance(s, int) and s == 0 for s in (*space, *shape(left))):
         raise Unsupported("a product without elements")
-    tail = plan_tail(region, root, addend, 0, device="cuda")
+    tail = plan_tail(region, root, addend, 0, device="cuda", parts=parts)
     walks = walks_of(root, left, right, region, len(space))
     accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
     extents = merge([expression(e) for e in space], accesses, False)
@@ -82,7 +87,7 @@ def plan(region: Region) -> Product:
     right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
     left_step = expression(left.meta["val"].stride(-1))
     return Product(tail, *walks, left_step, right_steps, extents, batch, expression(shape(left)[-1]), dtype,
-                   name_of(root) in LINEAR, len(region.nodes) > 1)  # fmt: skip
+                   expression(shape(root)[-1]), name_of(root) in LINEAR, len(region.nodes) > 1, parts)  # fmt: skip
 
 
 def own_row(extents: list[sympy.Expr], batch: int, left: Access, right: Access, tail: Tail) -> None:

@@ -14,7 +14,8 @@ from .math import Block
 
 
 def finish(tail: Tail, memory: Memory, sizes: Sizes, digits: Sequence[Any], start: Any,
-           slots: Sequence[tuple[int, int]], combined: Callable[[Block, int], Any]) -> list[Any]:  # fmt: skip
+           slots: Sequence[tuple[int, int]], combined: Callable[[Block, int], Any],
+           apart: int = 0) -> list[Any]:  # fmt: skip
     """Statements that finish one row of the result.
 
     Args:
@@ -22,6 +23,7 @@ def finish(tail: Tail, memory: Memory, sizes: Sizes, digits: Sequence[Any], star
         start: first column.
         slots: (columns after `start`, lanes) of each vector.
         combined: the combined lanes of the vector that begins so many columns after `start`.
+        apart: columns between what was combined for one part of the result and for the next.
     """
     head, known = Block(1), dict[int, Any]()
 
@@ -36,7 +38,7 @@ def finish(tail: Tail, memory: Memory, sizes: Sizes, digits: Sequence[Any], star
     lines, wide = Row(head, memory, offsets, slots[0][1], 1), list[Any]()
     for low, lanes in slots:
         b = Block(lanes)
-        memo = {tail.result: combined(b, low)}
+        memo = {result: combined(b, low + k * apart) for k, result in enumerate(tail.results.values())}
         for o in tail.outputs:
             at = b.let(start + low)
             memory.store(b, o.access.buffer, base(o.access) + at, lines.element(b, o.value, at, low, memo, 0))

@@ -29,7 +29,10 @@ STACK = 32768  # bytes of a packed panel that may lie in the frame of a task
 
 @dataclass(frozen=True)
 class Form:
-    """How a product is cut: lanes of a vector, rows and vectors of a tile, tiles and panels of a task."""
+    """How a product is cut: lanes of a vector, rows and vectors of a tile, tiles and panels of a task.
+
+    Where several parts of the right operand are put together, each has its share of a tile's vectors.
+    """
 
     lanes: int
     rows: int
@@ -37,15 +40,21 @@ class Form:
     tiles: int
     panels: int
     parallel: bool
+    parts: int = 1
 
     @property
     def width(self) -> int:
         """Columns of a panel."""
         return self.vectors * self.lanes
 
+    @property
+    def own(self) -> int:
+        """Columns of the result that a panel yields."""
+        return self.width // self.parts
+
     def panels_of(self, columns: int) -> int:
-        """Panels that cover this many columns."""
-        return -(-columns // self.width)
+        """Panels that yield this many columns."""
+        return -(-columns // self.own)
 
 
 def function(product: Product, name: str, form: Form) -> Any:
@@ -122,7 +131,7 @@ class _Emitter:
     def _task(self, b: Block, block: Any, group: Any, blocks: Any) -> list[Any]:
         """One block of rows times one group of panels."""
         form, columns = self.form, self.product.columns
-        whole, last = divmod(columns, form.width)
+        whole, last = divmod(columns, form.own)
         first = b.let(block * integer(form.tiles))
         full = b.let(tirx.floordiv(self.rows, integer(form.rows)))
         count = b.let(tirx.max(tirx.min(integer(form.tiles), full - first), integer(0)))
@@ -140,7 +149,7 @@ class _Emitter:
 
         found: list[Any] = []
         if whole:
-            found.append(serial(panel, high - low, rows(low + panel, form.width)))
+            found.append(serial(panel, high - low, rows(low + panel, form.own)))
         if last:
             alone = sequence(rows(integer(whole), last))
             final = tirx.EQ(group, integer(self._groups - 1))
@@ -221,13 +230,13 @@ class _Emitter:
     def _tile(self, low: Any, height: int, panel: Any, valid: int) -> list[Any]:
         """One register tile: rows [start, start + height) of one panel, `valid` columns of it, with the tail."""
         p, form, b = self.product, self.form, Block(1)
-        vectors = -(-valid // form.lanes)
+        vectors = -(-valid // form.lanes) if form.parts == 1 else form.vectors
         tile = Tile(height, vectors, form.lanes, p.dot)
         first = b.let(low)
         walks = [self._row_digits(b, first + integer(i)) for i in range(height)]
         left = [b.let(self.sizes.offset(p.left, [*self.digits, *w])) for w in walks]
-        column, taps = b.let(panel * integer(form.width)), [tirx.Var(f"tap{d}", "int64") for d in range(len(p.window))]
-        number, rest, vector, initial = self._operands(left, panel, column, taps)
+        column, taps = b.let(panel * integer(form.own)), [tirx.Var(f"tap{d}", "int64") for d in range(len(p.window))]
+        number, rest, vector, initial = self._operands(left, panel, taps)
         start = tile.start(initial if p.dot.shifted else None)
         whole, left_over = divmod(p.depth, p.dot.group)
         ahead = partial(self._ahead, b, panel, first, self._tap(taps))
@@ -242,7 +251,7 @@ class _Emitter:
         loop = [*start, body]
         return [*b.statements, *loop, *self._stores(tile, first, walks, column, valid)]
 
-    def _operands(self, left: list[Any], panel: Any, column: Any, taps: list[Any]) -> tuple[Any, Any, Any, Any]:
+    def _operands(self, left: list[Any], panel: Any, taps: list[Any]) -> tuple[Any, Any, Any, Any]:
         """What the inner loop reads: numbers of a step, of an incomplete last step, vectors, and where sums start."""
         p, lanes, width, step = self.product, self.form.lanes, self.form.width, self.sizes.tir(self.product.left_step)
         steps = p.steps
@@ -265,7 +274,7 @@ class _Emitter:
             return tirx.Cast(wide.dtype("float32"), loaded) if p.dot is WEIGHT_INT8 else loaded
 
         def initial(wide: Block, v: int) -> Any:
-            return take(wide, self.memory.views[self.packed + 1], column + integer(v * lanes))
+            return take(wide, self.memory.views[self.packed + 1], panel * integer(width) + integer(v * lanes))
 
         return number, rest, vector, initial
 
@@ -336,4 +345,6 @@ class _Emitter:
     def _store(self, sums: Callable[[Block, int], Any], row: list[Any], column: Any, valid: int) -> list[Any]:
         """The fused tail of one row; `sums` gives the accumulated lanes from a column of the tile on."""
         slots = pieces(valid, self.form.lanes)
-        return finish(self.product.tail, self.memory, self.sizes, [*self.digits, *row], column, slots, sums)
+        return finish(
+            self.product.tail, self.memory, self.sizes, [*self.digits, *row], column, slots, sums, self.form.own
+        )

@@ -96,11 +96,11 @@ class MatmulLowering:
         return itertools.islice(self._all(target), next(most for flops, most in MOST if self.flops <= flops))
 
     def _all(self, target: Target) -> Iterable[Schedule]:
-        product, rows = self.product, self.product.rows
+        product, rows, parts = self.product, self.product.rows, len(self.product.parts)
         seen = set()
         for height, vectors in _tiles(target, rows):
-            vectors = min(vectors, -(-product.columns // lanes_of(target)))
-            panels = -(-product.columns // (vectors * lanes_of(target)))
+            vectors = min(max(1, vectors // parts), -(-product.columns // lanes_of(target))) * parts
+            panels = -(-product.columns * parts // (vectors * lanes_of(target)))
             for tiles, group in _cuts(product, height, panels, target):
                 key = (height, vectors, tiles, group)
                 if key not in seen:
@@ -113,7 +113,8 @@ class MatmulLowering:
         flops = self.product.flops
         threaded = target.cores > 1 and (flops is None or flops >= SERIAL_BELOW)
         rows, vectors, tiles, panels = (int(schedule[k]) for k in ("rows", "vectors", "tiles", "panels"))
-        return function(self.product, name, Form(lanes_of(target), rows, vectors, tiles, panels, threaded))
+        form = Form(lanes_of(target), rows, vectors, tiles, panels, threaded, len(self.product.parts))
+        return function(self.product, name, form)
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
         """The packed weight, if the right operand is one."""
@@ -126,7 +127,7 @@ class MatmulLowering:
             scale, offset = (program.constant(n) for n in product.levels[:2])
             assert scale is not None and offset is not None
             return pack_levels(weight, scale, offset, width)
-        matrix = _matrix(product.root, weight)
+        matrix = _side_by_side(_matrix(product.root, weight), product, width)
         packed = pack(matrix, width, dot)
         return (packed, start_of(matrix, width)) if dot.shifted else (packed,)
 
@@ -137,6 +138,16 @@ def _matrix(root: fx.Node, weight: torch.Tensor) -> torch.Tensor:
     if name_of(root) in CONVOLUTIONS:
         return weight.movedim((1, 0), (-2, -1)).reshape(-1, weight.shape[0])
     return weight.t() if name_of(root) in LINEAR else weight
+
+
+def _side_by_side(matrix: torch.Tensor, product: Product, width: int) -> torch.Tensor:
+    """Columns in an order in which each panel has the same columns of all parts, with zeros where a part ends."""
+    if len(product.parts) == 1:
+        return matrix
+    own, columns = width // len(product.parts), product.columns
+    parts = torch.stack([matrix[:, start : start + columns] for start in product.parts], 1)
+    padded = torch.nn.functional.pad(parts, (0, -columns % own))
+    return padded.reshape(*padded.shape[:2], -1, own).transpose(1, 2).flatten(1)
 
 
 def _tiles(target: Target, rows: int | None) -> tuple[tuple[int, int], ...]:

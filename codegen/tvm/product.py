@@ -16,7 +16,7 @@ from ..base import Region
 from ..plans.layout import Access, expression, merge
 from ..plans.product import LINEAR, MATRIX, check_operands, operands, walks_of
 from ..plans.rules import name_of
-from ..plans.tail import Tail, plan_tail
+from ..plans.tail import Tail, column_parts, plan_tail
 from ..plans.values import Unsupported, bound, shape
 from .dots import PLAIN, WEIGHT_INT4, Dot, dot_of
 
@@ -67,6 +67,7 @@ class Product:
         border: how the left operand is copied with zeros around it first, None if it is read in place.
         dot: how elements are multiplied.
         levels: nodes of scale and offset of a weight of four bits, and its number of groups along the depth.
+        parts: first columns of the parts of the right operand that are put together; the space has the columns of one.
     """
 
     root: fx.Node
@@ -83,6 +84,7 @@ class Product:
     border: Border | None = None
     dot: Dot = PLAIN
     levels: tuple[fx.Node, fx.Node, int] | None = None
+    parts: tuple[int, ...] = (0,)
 
     @property
     def steps(self) -> int:
@@ -108,7 +110,7 @@ class Product:
     def flops(self) -> int | None:
         """Floating point operations of the product, None if sizes are symbolic."""
         rows = _count(self.extents[:-1])
-        return None if rows is None else 2 * rows * self.columns * self.depth * self.taps
+        return None if rows is None else 2 * rows * self.columns * len(self.parts) * self.depth * self.taps
 
     @property
     def taps(self) -> int:
@@ -140,7 +142,8 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     left, right, addend = operands(root)
     check_operands(root, left, right)
     dot = dot_of(left.meta["val"].dtype, right.meta["val"].dtype, target)
-    space = shape(root)
+    parts = column_parts(region, root)
+    space = shape(root) if len(parts) == 1 else (*shape(root)[:-1], shape(region.outputs[0])[-1])
     depth, columns = shape(left)[-1], space[-1]
     if not isinstance(depth, int) or not isinstance(columns, int) or depth == 0 or 0 in space:
         raise Unsupported("a product whose depth or columns are symbolic or empty")
@@ -148,10 +151,14 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     if not packed and (dot.constants > 1 or dot.stored is torch.int8):
         raise Unsupported("a product of bytes whose right operand is not a constant weight")
     scale = bound(root)["scales"] if name_of(root) == "_weight_int8pack_mm" else None
+    if len(parts) > 1 and (not packed or name_of(root) == "linear_int4"):
+        raise Unsupported(
+            "parts of a product whose right operand is not a constant weight of whole numbers per element"
+        )
     levels = _levels(root, program) if name_of(root) == "linear_int4" else None
     if (dot is WEIGHT_INT4) is not (levels is not None):
         raise Unsupported(f"a product with {right.meta['val'].dtype}")
-    tail = plan_tail(region, root, addend, dot.constants if packed else 0, scale=scale)
+    tail = plan_tail(region, root, addend, dot.constants if packed else 0, scale=scale, parts=parts)
     walks = walks_of(root, left, right, region, len(space))
     accesses = [*walks, *tail.loads.values(), *(o.access for o in tail.outputs)]
     extents = merge([expression(e) for e in space], accesses, False)
@@ -159,7 +166,8 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
     right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
     left_step, weight = expression(left.meta["val"].stride(-1)), right if packed else None
-    return Product(root, tail, *walks, left_step, right_steps, weight, extents, batch, depth, dot=dot, levels=levels)
+    return Product(root, tail, *walks, left_step, right_steps, weight, extents, batch, depth, dot=dot, levels=levels,
+                   parts=parts)  # fmt: skip
 
 
 def _levels(root: fx.Node, program: Program | None) -> tuple[fx.Node, fx.Node, int]:

@@ -11,9 +11,11 @@ import torch
 from torch import fx
 
 from ..attention import (
+    ATTENTION,
     CASTS,
     COPIES,
     DIV,
+    MANY_KEYS,
     MUL,
     SOFTMAX,
     TURNS,
@@ -35,7 +37,6 @@ from ..values import SCORE, Values, is_causal, swallows_all_or_little
 
 aten = torch.ops.aten
 
-ATTENTION = aten.scaled_dot_product_attention.default
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -161,9 +162,9 @@ class _Rewrite:
 
     @property
     def many_keys(self) -> bool:
-        """Whether torch's kernel keeps NaN without a mask: with fewer keys than vector lanes it gives 0 for it."""
+        """Whether torch's kernel keeps NaN without a mask."""
         keys = shape(self.site.softmax)[-1]
-        return isinstance(keys, int) and keys >= 16
+        return isinstance(keys, int) and keys >= MANY_KEYS
 
     def follow(self, step: Step) -> None:
         """Take one step of the scores into the scale or the mask."""

@@ -83,6 +83,75 @@ def test_two_clusters_that_feed_each_other_are_not_both_merged():
     assert runnable(partition(program, [Pairs(aten.relu.default, aten.tanh.default)], HOST))
 
 
+class Rooted(Greedy):
+    """A backend that takes one tanh or exp with any pointwise operators around it."""
+
+    ROOTS = (aten.tanh.default, aten.exp.default)
+
+    def __init__(self, first=None):
+        super().__init__(*self.ROOTS, aten.mul.Tensor, aten.add.Tensor, aten._to_copy.default)
+        self.first = first  # what a region of several nodes must begin with, unless it begins with exp
+
+    def supports(self, region, target):
+        roots = sum(n.target in self.ROOTS for n in region.nodes)
+        begins = region.nodes[0].target in (self.first, aten.exp.default) or len(region.nodes) == 1
+        return "not mine" if roots > 1 or (self.first and not begins) else super().supports(region, target)
+
+
+def words(regions):
+    return [[str(n.target).split(".")[1] for n in r.nodes] for r in regions]
+
+
+def stream(x, y):
+    summed = x.tanh() + y
+    return (summed * summed).exp() * summed
+
+
+def stream_returned(x, y):
+    summed = x.tanh() + y
+    square = summed * summed
+    return square.exp() * summed, square
+
+
+def stream_shared(x, y):
+    summed = x.tanh() + y
+    square = summed * summed
+    return square.exp() * summed, square.tanh() * summed
+
+
+def widened(x, y):
+    wide = (x.tanh() + y).double()
+    return (wide * wide).exp() * wide
+
+
+def narrowed(x, y):
+    return (x.tanh() + y).half().exp()
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.forward = function
+
+
+@pytest.mark.parametrize(("function", "wanted"), [
+    (stream, [["tanh", "add"], ["mul", "exp", "mul"]]),
+    (widened, [["tanh", "add"], ["_to_copy", "mul", "exp", "mul"]]),
+    (narrowed, [["tanh", "add", "_to_copy"], ["exp"]]),
+    (stream_returned, [["tanh", "add", "mul"], ["exp", "mul"]]),
+    (stream_shared, [["tanh", "add", "mul"], ["exp", "mul"], ["tanh", "mul"]]),
+])  # fmt: skip
+def test_regions_end_where_the_fewest_bytes_lie_between(function, wanted):
+    program = capture(Function(function), (torch.randn(4, 4), torch.randn(4, 4)))
+    assert words(partition(program, [Rooted()], HOST)) == wanted
+
+
+def test_a_node_only_moves_where_it_is_supported():
+    program = capture(Function(stream), (torch.randn(4, 4), torch.randn(4, 4)))
+    regions = partition(program, [Rooted(first=aten.tanh.default)], HOST)
+    assert words(regions) == [["tanh", "add", "mul"], ["exp", "mul"]]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_graphs_partition_completely_and_in_order(seed):
     chooser = random.Random(seed)
@@ -98,10 +167,11 @@ def test_random_graphs_partition_completely_and_in_order(seed):
 
     program = capture(Tangle(), (torch.randn(3),))
     mine = Greedy(aten.relu.default, aten.add.Tensor, aten.mul.Tensor)
-    regions = partition(program, [mine, Greedy(aten.tanh.default, aten.exp.default)], HOST)
     calls = [n for n in program.graph.nodes if n.op == "call_function"]
-    assert sorted(n for r in regions for n in r.nodes) == calls and runnable(regions)
-    assert len(regions) < len(calls)
+    for backends in ([mine, Greedy(aten.tanh.default, aten.exp.default)], [Rooted(), Greedy(aten.relu.default)]):
+        regions = partition(program, backends, HOST)
+        assert sorted(n for r in regions for n in r.nodes) == calls and runnable(regions)
+        assert len(regions) < len(calls)
 
 
 def test_equal_regions_have_equal_digests_and_layouts_count():

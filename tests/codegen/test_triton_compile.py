@@ -42,6 +42,9 @@ REGIONS: dict[str, tuple[Callable[..., Any], tuple[Callable[[torch.dtype], torch
     "cat": (lambda x, y: torch.cat([x, y], 1) * 2, (tokens, normal(4, 1, 384))),
     "embedding": (lambda i, w: F.embedding(i, w) + 1, (of(torch.int64, 4, 64), normal(1000, 384))),
     "product": (lambda x, w, b: F.gelu(F.linear(x, w, b)), (tokens, normal(1536, 384), normal(1536))),
+    "gated product": (
+        lambda x, w: (lambda y: F.silu(y[..., :1024]) * y[..., 1024:])(F.linear(x, w)), (tokens, normal(2048, 384)),
+    ),
     "product of few rows": (lambda x, w: F.relu(F.linear(x, w)), (normal(2, 4096), normal(512, 4096))),
     "batched product": (lambda x, y: torch.bmm(x, y), (normal(8, 256, 64), normal(8, 64, 256))),
     "attention": (lambda q, k, v: sdpa(q, k, v), heads),

@@ -73,6 +73,47 @@ def test_operands_that_are_read_by_descriptors() -> None:
     assert any("tma=True" in kernel for kernel in agree(lambda x, w: x @ w, x, w.t().contiguous(), most=first + 1))
 
 
+def gated(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    both, n = F.linear(x, w, b), w.shape[0] // 2
+    return F.silu(both[..., :n]) * both[..., n:]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_gate_and_what_it_lets_pass(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(s).to(dtype) / 4 for s in ((3, 11, 50), (2 * 37, 50), (2 * 37,)))
+    found = agree(gated, x, w, b, most=3)
+    assert any("library" in kernel for kernel in found) and any("rows=" in kernel for kernel in found)
+
+    def geglu(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        both, n = x @ w, w.shape[1] // 2
+        return both[..., :n] * F.gelu(both[..., n:])
+
+    assert agree(geglu, x, w.t(), most=2) and agree(geglu, x, w.t().contiguous(), most=2)
+
+
+def test_three_parts() -> None:
+    torch.manual_seed(0)
+    function = lambda x, w: (lambda y: y[:, :20] * y[:, 20:40].sigmoid() + y[:, 40:])(F.linear(x, w))  # noqa: E731
+    assert agree(function, torch.randn(40, 24), torch.randn(60, 24), most=2)
+
+
+def test_a_gate_of_few_rows_by_a_split_depth() -> None:
+    torch.manual_seed(0)
+    x, w, b = torch.randn(2, 900).half() / 8, torch.randn(40, 900).half() / 8, torch.randn(40).half()
+    found = agree(gated, x, w, b, most=3)
+    assert any("splits=" in kernel and "splits=1 " not in kernel for kernel in found)
+
+
+def test_a_gate_by_descriptors() -> None:
+    torch.manual_seed(0)
+    x, w, b = torch.randn(130, 72).half() / 8, torch.randn(2 * 88, 72).half(), torch.randn(2 * 88).half()
+    region, _ = alone(gated, (x, w, b))
+    space = itertools.islice(TritonBackend().space(region, targets.get("nvidia-sm90")), 20)
+    first = next(k for k, s in enumerate(space) if dict(s.params).get("tma"))
+    assert any("tma=True" in kernel for kernel in agree(gated, x, w, b, most=first + 1))
+
+
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_layouts_of_operands_and_residual(how: str) -> None:
     torch.manual_seed(0)
@@ -98,6 +139,13 @@ def test_symbolic_rows(dtype: torch.dtype) -> None:
     w, b = torch.randn(30, 24).to(dtype), torch.randn(30).to(dtype)
     args = [(torch.randn(k, 5, 24).to(dtype), w, b) for k in (6, 1, 0, 29)]
     assert agree(layer, *args[0], others=args[1:], dynamic=({0: n}, {}, {}), most=1)
+
+
+def test_a_gate_of_symbolic_rows() -> None:
+    n = Dim("n", min=2, max=999)
+    w, b = torch.randn(60, 24), torch.randn(60)
+    args = [(torch.randn(k, 5, 24), w, b) for k in (6, 1, 0, 29)]
+    assert agree(gated, *args[0], others=args[1:], dynamic=({0: n}, {}, {}), most=2)
 
 
 def test_symbolic_batches() -> None:
