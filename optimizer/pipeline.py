@@ -77,9 +77,8 @@ def strongest(rewrite: Pass, program: Program, ctx: Context, judge: Judge) -> Pa
     while low < high:
         middle = (low + high + 1) // 2
         fork = program.fork()
-        outcome = settings[middle].run(fork, ctx)
-        step = Step(rewrite.name, rewrite.fidelity.value)
-        good = not isinstance(outcome, Refusal) and not judge.scored(fork, ctx, step).reason
+        found, step = settings[middle].run(fork, ctx), Step(rewrite.name, rewrite.fidelity.value)
+        good = not isinstance(found, Refusal) and not judge.scored(fork, ctx, step).reason
         low, high = (middle, high) if good else (low, middle - 1)
     return settings[low] if settings else rewrite
 
