@@ -44,6 +44,15 @@ def _out(text: str, *names: str) -> Any:
     return typer.Option(*names, help=text, dir_okay=False, callback=_writable)
 
 
+def _bytes(text: str) -> int:
+    """An amount of memory such as 8GiB, 500M or 65536, in bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(?:([kMGT])(i?))?B?", text.strip().replace(" ", ""))
+    if found is None:
+        raise typer.BadParameter(f"{text!r} is no amount of memory such as 8GiB")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** (" kMGT".index(prefix) if prefix else 0))
+
+
 Spec = Annotated[
     str,
     typer.Argument(
@@ -56,6 +65,14 @@ TargetName = Annotated[str, typer.Option("--target", help="name of the target; s
 Passes = Annotated[
     str | None,
     typer.Option("--passes", help="exactly these passes in this order, separated by commas", show_default=False),
+]
+DeviceMemory = Annotated[
+    int | None,
+    typer.Option(
+        parser=_bytes,
+        metavar="AMOUNT",
+        help="memory of the GPU that weights may take, such as 8GiB; the others stay in host memory",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
@@ -89,6 +106,7 @@ def optimize(
     level: Annotated[str, typer.Option(help="fast measures nothing; default and max measure kernels")] = "default",
     threads: Annotated[int | None, typer.Option(min=1, help="threads of the result")] = None,
     aot: Annotated[bool, typer.Option("--aot", help="compile ahead of time for a GPU that need not be here")] = False,
+    device_memory: DeviceMemory = None,
     debug: Debug = False,
 ) -> None:
     """Optimize a model, print the report, and save the result."""
@@ -97,7 +115,7 @@ def optimize(
         from . import api
 
         fast = api.optimize(model, args, kwargs, target=target, passes=_names(passes), limit=limit, level=level,
-                            num_threads=threads, aot=aot, progress=say)  # fmt: skip
+                            num_threads=threads, aot=aot, device_memory=device_memory, progress=say)  # fmt: skip
         written = _write(fast.report, html, json_path)
         if out is not None:
             say("saving")

@@ -132,16 +132,31 @@ def test_missing_import_in_the_users_code(call, stub, spec):
     assert "No module named 'surely_absent_package'" in result.output
 
 
+@pytest.mark.parametrize(
+    ("text", "amount"), [("65536", 65536), ("500M", 500_000_000), ("2kB", 2000), ("1TiB", 1 << 40)]
+)
+def test_amounts_of_memory(call, stub, text, amount):
+    assert call("optimize", "nets.py:mlp", "--device-memory", text).exit_code == 0
+    assert stub[0][3]["device_memory"] == amount
+
+
+@pytest.mark.parametrize("text", ["8 apples", "-1", "GiB", "1e9"])
+def test_what_is_no_amount_of_memory(call, stub, text):
+    result = call("optimize", "nets.py:mlp", "--device-memory", text)
+    assert result.exit_code == 2 and "--device-memory" in result.output and not stub
+
+
 def test_options_are_passed_on(call, stub):
     result = call("optimize", "nets.py:named", "--target", "x86-64-v3", "--passes", "a, b", "--limit", "2",
-                  "--level", "fast", "--threads", "1", "--aot",
+                  "--level", "fast", "--threads", "1", "--aot", "--device-memory", "1.5 MiB",
                   "--out", "x.lathe", "--html", "x.html", "--json", "x.json")  # fmt: skip
     assert result.exit_code == 0, result.output
     ((_, args, kwargs, rest),) = stub
     assert torch.equal(args[0], torch.ones(3)) and kwargs["by"].tolist() == [2.0] * 3
     progress = rest.pop("progress")
     assert callable(progress)
-    wanted = {"target": "x86-64-v3", "passes": ["a", "b"], "limit": 2, "level": "fast", "num_threads": 1, "aot": True}
+    wanted = {"target": "x86-64-v3", "passes": ["a", "b"], "limit": 2, "level": "fast", "num_threads": 1, "aot": True,
+              "device_memory": 3 << 19}  # fmt: skip
     assert rest == wanted
     assert "capture [now]" in result.output
     assert Path("x.lathe").read_bytes() == b"saved"
