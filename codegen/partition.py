@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Sequence
 
 import networkx as nx
+import torch
 from torch import fx
 
 from ..passes.program import Program
@@ -83,6 +85,8 @@ class _Cut:
             own, views = self.cluster[node], list(node.users)
             if self.owner.get(node) != backend.name or len(views) < 2 or not all(map(cost.is_free, views)):
                 continue
+            if sum(map(_elements, views)) > _elements(node):
+                continue  # what is read twice would be computed twice
             readers = [self.cluster.get(n) for v in views for n in (v, *v.users) if self.cluster.get(n) != [v]]
             reader = readers[0] if readers else None
             if reader is None or reader is own or any(r is not reader for r in readers):
@@ -147,6 +151,11 @@ class _Cut:
                     if source in self.position and (origin := self.position[self.cluster[source][0]]) != key:
                         quotient.add_edge(origin, key)
         return [Region.of(groups[key]) for key in nx.lexicographical_topological_sort(quotient)]
+
+
+def _elements(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return math.prod(cost.hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else 0
 
 
 def _saved(node: fx.Node, own: Sequence[fx.Node], reader: Sequence[fx.Node]) -> int:

@@ -47,7 +47,8 @@ class Step:
     reason: str = ""  # why a rewrite was dropped
     seconds_before: float | None = None
     seconds_after: float | None = None
-    ratio_low: float | None = None  # 95% confidence interval of seconds before / after: above 1 means faster
+    # 95% confidence interval of seconds before / after, of fewer than six rounds their range: above 1 means faster
+    ratio_low: float | None = None
     ratio_high: float | None = None
     quality: float | None = None  # as the quality guard measured it
     nodes_before: int = 0

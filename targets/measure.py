@@ -196,10 +196,9 @@ def _sample(fn: Call, batch: int) -> float:
 
 
 def _batch_size(fn: Call, warmup: int) -> int:
-    """Calls per sample so that a sample lasts at least SAMPLE_SECONDS, after `warmup` calls, or after a long one."""
+    """Calls per sample so that a sample lasts at least SAMPLE_SECONDS, after `warmup` calls."""
     for _ in range(warmup - 1):
-        if _sample(fn, 1) > LONG:
-            return 1
+        fn()
     batch = 1
     while (seconds := _sample(fn, batch) * batch) < SAMPLE_SECONDS:
         batch = max(2 * batch, min(math.ceil(batch * SAMPLE_SECONDS / seconds), 1000 * batch))

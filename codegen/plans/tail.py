@@ -52,9 +52,12 @@ def column_parts(region: Region, root: fx.Node) -> tuple[int, ...]:
     for user in root.users:
         given = bound(user) if name_of(user) == "slice" else {}
         along = given and given["dim"] % len(shape(root)) == len(shape(root)) - 1 and given["step"] == 1
-        if not along or not isinstance(given["start"], int) or not equal_shapes(shape(user)[-1:], width):
-            raise Unsupported("the product is read otherwise than by equal parts of its columns")
-        starts.add(given["start"] % columns)
+        start = given["start"] or 0 if along else None
+        if not isinstance(start, int) or (start < 0 and not isinstance(columns, int)):
+            raise Unsupported("the product is read otherwise than by slices of its columns")
+        if not equal_shapes(shape(user)[-1:], width):
+            raise Unsupported("the product is read by parts that are not equally wide")
+        starts.add(max(0, start + columns) if start < 0 else start)
     return tuple(sorted(starts))
 
 

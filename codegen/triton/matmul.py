@@ -86,7 +86,7 @@ class MatmulLowering:
         seen = set()
         for height, width, depth, warps, stages in self._ordered(tiles, rows, columns * share, batches, target):
             height = max(16, min(height, power_of_two(rows)))
-            width = max(16, min(power_of_two(width // share), power_of_two(columns)))
+            width = max(16, min(1 << (width // share).bit_length() - 1, power_of_two(columns)))
             depth = max(16, min(depth, power_of_two(int(p.depth)))) if p.depth.is_Integer else depth
             blocks = -(-rows // height) * -(-columns // width) * batches
             splits = self._splits(blocks, depth, target)
@@ -133,12 +133,13 @@ class MatmulLowering:
     def _tma(self, target: Target) -> tuple[bool, ...]:
         """Whether operands may be read by descriptors: dense rows whose starts are multiples of 16 bytes."""
         p = self.product
-        static = all(e.is_Integer for e in (*p.extents, p.depth))
+        static = all(e.is_Integer for e in (*p.extents, p.depth, p.width))
         if "tma" not in target.features or p.dtype is torch.float32 or p.batch or not static or len(p.extents) != 2:
             return (False,)
         width = p.dtype.itemsize
         steps = [p.left.strides[0], p.right_steps[0] if p.right_steps[1] == 1 else p.right_steps[1]]
-        dense = p.left_step == 1 and 1 in p.right_steps and all(int(s) * width % 16 == 0 for s in steps)
+        starts = [*p.parts] if p.right_steps[1] == 1 else []  # columns that a read may begin at
+        dense = p.left_step == 1 and 1 in p.right_steps and all(int(s) * width % 16 == 0 for s in (*steps, *starts))
         return (True, False) if dense else (False,)
 
     def code(self, name: str, schedule: Schedule, target: Target) -> Code:

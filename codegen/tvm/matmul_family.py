@@ -100,6 +100,7 @@ class MatmulLowering:
         seen = set()
         for height, vectors in _tiles(target, rows):
             vectors = min(max(1, vectors // parts), -(-product.columns // lanes_of(target))) * parts
+            height = max(1, min(height, _budget(target) // vectors))
             panels = -(-product.columns * parts // (vectors * lanes_of(target)))
             for tiles, group in _cuts(product, height, panels, target):
                 key = (height, vectors, tiles, group)
@@ -150,9 +151,13 @@ def _side_by_side(matrix: torch.Tensor, product: Product, width: int) -> torch.T
     return padded.reshape(*padded.shape[:2], -1, own).transpose(1, 2).flatten(1)
 
 
+def _budget(target: Target) -> int:
+    """Registers for accumulators."""
+    return 28 if target.vector_bits >= 512 else 12
+
+
 def _tiles(target: Target, rows: int | None) -> tuple[tuple[int, int], ...]:
-    wide = target.vector_bits >= 512
-    budget = 28 if wide else 12
+    wide, budget = target.vector_bits >= 512, _budget(target)
     if rows is not None and rows < 6:  # few rows: more vectors keep enough sums in flight
         return tuple(dict.fromkeys((rows, v) for v in (8, budget // rows, 4) if rows * v <= budget))
     found = TILES if wide else SMALL_TILES

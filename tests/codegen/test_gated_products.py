@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,6 +80,19 @@ def test_any_size(combine: Callable[..., Any], rows: tuple[int, ...], width: int
 def test_every_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul_family, "MOST", ((float("inf"), 99),))
     assert check(Gated(40, 83, swiglu, bias=False), torch.randn(3, 61, 40)) >= 4
+
+
+@pytest.mark.parametrize("bits", [256, 512])
+@pytest.mark.parametrize("parts", [2, 3, 4, 5])
+def test_sums_stay_in_registers(parts: int, bits: int) -> None:
+    target = replace(CORES, vector_bits=bits)
+    for rows in (1, 4, 12, 96):
+        model = Gated(64, 64, lambda first, *rest: functools.reduce(torch.mul, rest, first), parts=parts)
+        program = capture(model.eval(), (torch.randn(rows, 64),))
+        (region,) = partition(program, [backend := TvmBackend(program)], target)
+        for schedule in backend.space(region, target):
+            assert int(schedule["rows"]) * int(schedule["vectors"]) <= {256: 12, 512: 28}[bits]
+            assert int(schedule["vectors"]) % parts == 0
 
 
 def test_three_parts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
@@ -144,6 +145,40 @@ class Function(nn.Module):
 def test_regions_end_where_the_fewest_bytes_lie_between(function, wanted):
     program = capture(Function(function), (torch.randn(4, 4), torch.randn(4, 4)))
     assert words(partition(program, [Rooted()], HOST)) == wanted
+
+
+class Cut(nn.Module):
+    """A value that is read in parts by one region."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x):
+        y = x.tanh() + 1
+        return functools.reduce(torch.mul, [y[:, a:b] for a, b in self.parts])
+
+
+class Whole(Rooted):
+    """Takes slices too, but a root and one slice only together with a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = (*self.ops, aten.slice.Tensor)
+
+    def supports(self, region, target):
+        words = [n.target for n in region.nodes]
+        apart = aten.tanh.default in words and aten.slice.Tensor in words and aten.mul.Tensor not in words
+        return "not yet" if apart else super().supports(region, target)
+
+
+@pytest.mark.parametrize(("parts", "joined"), [
+    (((0, 4), (4, 8)), True), (((0, 3), (3, 6)), True), (((0, 6), (2, 8)), False), (((0, 7), (1, 8)), False),
+])  # fmt: skip
+def test_what_is_read_in_parts_joins_its_reader_unless_it_were_computed_twice(parts, joined):
+    program = capture(Cut(parts), (torch.randn(4, 8),))
+    regions = partition(program, [Whole()], HOST)
+    assert (len(regions) == 1) is joined and runnable(regions)
 
 
 def test_a_node_only_moves_where_it_is_supported():

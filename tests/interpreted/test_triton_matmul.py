@@ -114,6 +114,22 @@ def test_a_gate_by_descriptors() -> None:
     assert any("tma=True" in kernel for kernel in agree(gated, x, w, b, most=first + 1))
 
 
+def test_descriptors_begin_where_the_bulk_copy_can() -> None:
+    torch.manual_seed(0)
+    function = lambda x, w: (lambda y, n: y[:, :n] * y[:, n:].tanh())(x @ w, w.shape[1] // 2)  # noqa: E731
+    for width, reads in ((88, True), (36, False)):  # a part of 36 numbers of two bytes ends between 16 bytes
+        x, w = torch.randn(130, 72).half() / 8, torch.randn(72, 2 * width).half()
+        found = agree(function, x, w, most=5)
+        assert any("tma=True" in kernel for kernel in found) is reads
+
+
+def test_parts_of_symbolic_columns() -> None:
+    n = Dim("n", min=30, max=99)
+    function = lambda x, w: (lambda y: y[:, :10] * y[:, 10:20].tanh())(x @ w)  # noqa: E731
+    args = [(torch.randn(9, 24), torch.randn(24, k)) for k in (40, 31)]
+    assert agree(function, *args[0], others=args[1:], dynamic=({}, {1: n}), most=2)
+
+
 @pytest.mark.parametrize("how", LAYOUTS)
 def test_layouts_of_operands_and_residual(how: str) -> None:
     torch.manual_seed(0)

@@ -85,11 +85,14 @@ def test_memory_is_that_of_the_operating_system(host: Target) -> None:
 @linux
 def test_second_detection_is_fast_and_equal(tmp_path: Path) -> None:
     first = detect_cpu(tmp_path / "c")
-    start = time.perf_counter()
-    second = detect_cpu(tmp_path / "c")
+    took = []
+    for _ in range(5):
+        start = time.perf_counter()
+        second = detect_cpu(tmp_path / "c")
+        took.append(time.perf_counter() - start)
     assert fingerprint(first) == fingerprint(second)
     if list((tmp_path / "c").glob("*.json")):  # a machine that is too busy stores nothing
-        assert time.perf_counter() - start < 0.1
+        assert min(took) < 0.1
         assert second == first
 
 
