@@ -14,18 +14,9 @@ from .report import Step
 
 # Folds first, since they delete work; then fusions, which want their operands in final form; then the sweep.
 PASSES: tuple[Pass, ...] = (
-    P.FoldAdapters(),
-    P.HoistInvariant(),
-    P.FoldConstants(),
-    P.FoldNorm(),
-    P.MergeReparam(),
-    P.FuseAttention(),
-    P.SimplifyAttention(),
-    P.MergeCommon(),
-    P.FuseQkv(),
-    P.DropCopies(),
-    P.DropDead(),
-)
+    P.FoldAdapters(), P.HoistInvariant(), P.FoldConstants(), P.FoldNorm(), P.MergeReparam(), P.FuseAttention(),
+    P.DropMasks(), P.ShareHeads(), P.MergeCommon(), P.FuseQkv(), P.DropCopies(), P.DropDead(),
+)  # fmt: skip
 
 
 def run_passes(

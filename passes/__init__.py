@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .exact.drop_copies import DropCopies as DropCopies
     from .exact.drop_dead import DropDead as DropDead
+    from .exact.drop_masks import DropMasks as DropMasks
     from .exact.fold_adapters import FoldAdapters as FoldAdapters
     from .exact.fold_constants import FoldConstants as FoldConstants
     from .exact.fold_norm import FoldNorm as FoldNorm
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .exact.hoist_invariant import HoistInvariant as HoistInvariant
     from .exact.merge_common import MergeCommon as MergeCommon
     from .exact.merge_reparam import MergeReparam as MergeReparam
-    from .exact.simplify_attention import SimplifyAttention as SimplifyAttention
+    from .exact.share_heads import ShareHeads as ShareHeads
     from .lossy.merge_frames import MergeFrames as MergeFrames
     from .lossy.merge_tokens import MergeTokens as MergeTokens
     from .lossy.prune_and_restore import PruneAndRestore as PruneAndRestore
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PASSES = {
     "DropCopies": ".exact.drop_copies",
     "DropDead": ".exact.drop_dead",
+    "DropMasks": ".exact.drop_masks",
     "FoldAdapters": ".exact.fold_adapters",
     "FoldConstants": ".exact.fold_constants",
     "FoldNorm": ".exact.fold_norm",
@@ -34,7 +36,7 @@ PASSES = {
     "HoistInvariant": ".exact.hoist_invariant",
     "MergeCommon": ".exact.merge_common",
     "MergeReparam": ".exact.merge_reparam",
-    "SimplifyAttention": ".exact.simplify_attention",
+    "ShareHeads": ".exact.share_heads",
     "MergeFrames": ".lossy.merge_frames",
     "MergeTokens": ".lossy.merge_tokens",
     "PruneAndRestore": ".lossy.prune_and_restore",

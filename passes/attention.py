@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .base import Refusal
 from .nodes import arguments, erase_unused
 from .program import Program
 
 aten = torch.ops.aten
 
 ATTENTION = aten.scaled_dot_product_attention.default
+POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default, aten._safe_softmax.default}
 CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.other, aten.to.device, aten.type_as.default}
 COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
@@ -321,6 +323,25 @@ def repeated_heads(node: fx.Node) -> fx.Node | None:
     group = shape(inner)[2]
     wanted = (batch, heads * group, length, features)
     return before if same(shape(node), wanted) and same(shape(inner), (batch, heads, group, length, features)) else None
+
+
+def simplify(program: Program, change: Callable[[fx.Node], dict[str, Any]], reason: str) -> int | Refusal:
+    """Call every attention operator with the arguments that `change` gives for it; how many had some.
+
+    Args:
+        reason: why there was nothing to change.
+    """
+    nodes, sites = [n for n in program.graph.nodes if n.target is ATTENTION], 0
+    for node in nodes:
+        if changes := change(node):
+            before, given = node.all_input_nodes, arguments(node) | changes
+            node.args, node.kwargs = tuple(given.pop(name) for name in POSITIONAL), given
+            program.infer(node)
+            for operand in before:
+                erase_unused(operand)
+            relax_layout(program, list(node.users))
+            sites += 1
+    return sites or (Refusal.at(nodes[0], reason) if nodes else Refusal("no attention operator in the program"))
 
 
 def relax_layout(program: Program, users: Sequence[fx.Node]) -> None:
