@@ -83,7 +83,9 @@ class _Cut:
         """Join a cluster with the one that reads parts of its result, which no step of `claim` could reach."""
         for node in self.calls:
             own, views = self.cluster[node], list(node.users)
-            if self.owner.get(node) != backend.name or len(views) < 2 or not all(map(cost.is_free, views)):
+            if self.owner.get(node) != backend.name or len(views) < 2:
+                continue
+            if not all(v in self.position and cost.is_free(v) for v in views):  # the result itself is read, or returned
                 continue
             if sum(map(_elements, views)) > _elements(node):
                 continue  # what is read twice would be computed twice
@@ -154,7 +156,7 @@ class _Cut:
 
 
 def _elements(node: fx.Node) -> int:
-    value = node.meta["val"]
+    value = node.meta.get("val")
     return math.prod(cost.hint(size) for size in value.shape) if isinstance(value, torch.Tensor) else 0
 
 

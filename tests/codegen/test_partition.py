@@ -181,6 +181,16 @@ def test_what_is_read_in_parts_joins_its_reader_unless_it_were_computed_twice(pa
     assert (len(regions) == 1) is joined and runnable(regions)
 
 
+def test_what_is_returned_as_well_stays_apart():
+    class Returned(Cut):
+        def forward(self, x):
+            y = x.tanh() + 1
+            return y[:, :4] * y[:, 4:], y
+
+    regions = partition(capture(Returned(()), (torch.randn(4, 8),)), [Whole()], HOST)
+    assert words(regions)[0] == ["tanh", "add"] and runnable(regions)
+
+
 def test_a_node_only_moves_where_it_is_supported():
     program = capture(Function(stream), (torch.randn(4, 4), torch.randn(4, 4)))
     regions = partition(program, [Rooted(first=aten.tanh.default)], HOST)
