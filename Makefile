@@ -15,7 +15,8 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(WORKERS) -x -m slow tests/interpreted
-	$(BIN)/python -m pytest -n $(WORKERS) -x -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -x -m slow --ignore tests/test_examples.py
+	$(BIN)/python -m pytest -x -m slow tests/test_examples.py # they are timed: alone
 
 dev: $(VENV)/.dev
 

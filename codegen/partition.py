@@ -21,9 +21,10 @@ def partition(program: Program, backends: Sequence[Backend], target: Target) -> 
     """Regions in an order in which they can run; every call of the program is in exactly one.
 
     Backends are asked in the given order. Each grows clusters greedily along data flow: a node joins the clusters of
-    its producers as long as the backend supports the union and no value leaves the cluster and comes back; then nodes
-    at the end of a cluster move to the one that reads them where that leaves fewer bytes to be written and read again.
-    What no backend claims becomes a region of one node, or of a node of several results and those that take it apart.
+    its producers as long as the backend supports the union and no value leaves the cluster and comes back. Then
+    clusters join the one that reads their result in parts, and nodes at the end of a cluster move to the one that reads
+    them where that leaves fewer bytes to be written and read again. What no backend claims becomes a region of one
+    node, or of a node of several results and those that take it apart.
     """
     cut = _Cut(program)
     for backend in backends:

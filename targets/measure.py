@@ -12,7 +12,6 @@ from typing import Any
 Call = Callable[[], Any]
 
 SAMPLE_SECONDS = 50e-6  # a sample shorter than this would mostly measure the clock and the loop
-LONG = 0.2  # seconds of a call that needs no second one to warm up
 FEW = 3  # rounds after which a question may be answered
 MARGIN = 1.01  # ratios within 1% count as equal
 EXACT_ROUNDS = 100  # above this the binomial's normal approximation is good to one rank

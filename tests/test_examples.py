@@ -29,12 +29,10 @@ def test_from_scratch_is_short_and_both_passes_fire():
 
 @pytest.mark.slow
 def test_sentence_embeddings_agree_and_are_faster(tmp_path):
-    page, speeds = tmp_path / "report.html", []
-    while not speeds or (max(speeds) <= 1 and len(speeds) < 3):  # others may hold the cores as long as one run takes
-        printed = run("sentence_embeddings.py", "--seconds", "6", "--html", str(page))
-        assert float(re.search(r"lowest cosine to the original (\d\.\d+)", printed)[1]) >= 0.99999
-        speeds.append(float(re.search(r"(\d+\.\d+)x the speed of eager", printed)[1]))
-    assert max(speeds) > 1, speeds
+    page = tmp_path / "report.html"
+    printed = run("sentence_embeddings.py", "--seconds", "6", "--html", str(page))
+    assert float(re.search(r"lowest cosine to the original (\d\.\d+)", printed)[1]) >= 0.99999
+    assert float(re.search(r"(\d+\.\d+)x the speed of eager", printed)[1]) > 1
     assert 1_000 < page.stat().st_size < 1_000_000
 
 

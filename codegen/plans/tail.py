@@ -61,6 +61,11 @@ def column_parts(region: Region, root: fx.Node) -> tuple[int, ...]:
     return tuple(sorted(starts))
 
 
+def shape_of_parts(region: Region, root: fx.Node, parts: Sequence[int]) -> tuple[Extent, ...]:
+    """Shape of a product, or of one of its parts where several are put together."""
+    return shape(root) if len(parts) == 1 else (*shape(root)[:-1], shape(region.outputs[0])[-1])
+
+
 def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: int,
               order: tuple[int, ...] | None = None, inner: Collection[fx.Node] = (),
               scale: fx.Node | None = None, device: str = "cpu", parts: Sequence[int] = (0,)) -> Tail:  # fmt: skip
@@ -79,7 +84,7 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
     for node in rest:
         if (reason := reason_against(node)) is not None:
             raise Unsupported(reason)
-    sizes = shape(root) if len(parts) == 1 else (*shape(root)[:-1], shape(region.outputs[0])[-1])
+    sizes = shape_of_parts(region, root, parts)
     space = sizes if order is None else tuple(sizes[d] for d in order)
     build, memo = Builder(region, space, device), dict[Any, Value]()
     at = coordinates(build, order)

@@ -11,7 +11,7 @@ from ..base import Region
 from ..plans.layout import Access, expression, merge
 from ..plans.product import LINEAR, MATRIX, check_operands, operands, walks_of
 from ..plans.rules import name_of
-from ..plans.tail import Tail, column_parts, plan_tail
+from ..plans.tail import Tail, column_parts, plan_tail, shape_of_parts
 from ..plans.values import FLOATS, Unsupported, shape
 
 
@@ -74,7 +74,7 @@ def plan(region: Region) -> Product:
     if dtype not in FLOATS or right.meta["val"].dtype is not dtype:
         raise Unsupported(f"a product of {dtype} and {right.meta['val'].dtype}")
     parts = column_parts(region, root)
-    space = shape(root) if len(parts) == 1 else (*shape(root)[:-1], shape(region.outputs[0])[-1])
+    space = shape_of_parts(region, root, parts)
     if any(isinstance(s, int) and s == 0 for s in (*space, *shape(left))):
         raise Unsupported("a product without elements")
     tail = plan_tail(region, root, addend, 0, device="cuda", parts=parts)

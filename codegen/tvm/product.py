@@ -16,7 +16,7 @@ from ..base import Region
 from ..plans.layout import Access, expression, merge
 from ..plans.product import LINEAR, MATRIX, check_operands, operands, walks_of
 from ..plans.rules import name_of
-from ..plans.tail import Tail, column_parts, plan_tail
+from ..plans.tail import Tail, column_parts, plan_tail, shape_of_parts
 from ..plans.values import Unsupported, bound, shape
 from .dots import PLAIN, WEIGHT_INT4, Dot, dot_of
 
@@ -143,7 +143,7 @@ def plan(region: Region, program: Program | None, target: Target) -> Product:
     check_operands(root, left, right)
     dot = dot_of(left.meta["val"].dtype, right.meta["val"].dtype, target)
     parts = column_parts(region, root)
-    space = shape(root) if len(parts) == 1 else (*shape(root)[:-1], shape(region.outputs[0])[-1])
+    space = shape_of_parts(region, root, parts)
     depth, columns = shape(left)[-1], space[-1]
     if not isinstance(depth, int) or not isinstance(columns, int) or depth == 0 or 0 in space:
         raise Unsupported("a product whose depth or columns are symbolic or empty")

@@ -384,3 +384,19 @@ def test_a_failed_trace_leaves_no_mode_behind():
         capture_graph(torch.fx.GraphModule({}, graph), [torch.ones(2, 3)])
     assert not torch.is_autocast_enabled("cpu")
     assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+
+
+class Pieces(nn.Module):
+    def forward(self, x):
+        a, b, c = x.split([2, 1, 3], -1)
+        d, e = (a @ a.transpose(-1, -2)).chunk(2, 1)
+        return c * b, d - e
+
+
+def test_pieces_of_a_tensor_are_slices_of_it():
+    x = torch.randn(3, 4, 6)
+    program = capture(Pieces(), (x,))
+    names = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert sum("slice" in name for name in names) == 5 and not any("split" in n or "getitem" in n for n in names)
+    for ours, wanted in zip(program(x), Pieces()(x), strict=True):
+        assert torch.equal(ours, wanted)

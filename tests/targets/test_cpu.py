@@ -85,14 +85,12 @@ def test_memory_is_that_of_the_operating_system(host: Target) -> None:
 @linux
 def test_second_detection_is_fast_and_equal(tmp_path: Path) -> None:
     first = detect_cpu(tmp_path / "c")
-    took = []
-    for _ in range(5):
-        start = time.perf_counter()
-        second = detect_cpu(tmp_path / "c")
-        took.append(time.perf_counter() - start)
+    start = time.process_time()  # not the time for which other processes hold the cores
+    second = detect_cpu(tmp_path / "c")
+    took = time.process_time() - start
     assert fingerprint(first) == fingerprint(second)
     if list((tmp_path / "c").glob("*.json")):  # a machine that is too busy stores nothing
-        assert min(took) < 0.1
+        assert took < 0.1
         assert second == first
 
 
