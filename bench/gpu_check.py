@@ -1,8 +1,9 @@
 """Every template of the Triton backend against eager on the device: the cases of ``gpu.py --check``.
 
 A case is a function of tensors. It is captured and partitioned; each region's first schedules run on real values, into
-buffers that were filled with NaN, and must give eager's answers. A region that no template takes is named with the
-reason and is no fault.
+buffers that were filled with NaN, and must give eager's answers. Eager attention is torch's formula in single steps:
+its fused kernels stop at odd addresses, and each has its own answer for a row that sees nothing. A region that no
+template takes is named with the reason and is no fault.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from gpu_ours import Net, Tensors, here, operands, parts
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchlathe.codegen.partition import partition
 from torchlathe.codegen.triton.backend import TritonBackend
@@ -63,7 +65,7 @@ class Grid:
         def case() -> Row:
             torch.manual_seed(0)
             net = function.to(self.device) if isinstance(function, nn.Module) else Net(lambda _, *a: function(*a))
-            with torch.no_grad():
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
                 args, other = make(), run() if run else None
                 found = [verdict(p) for p in parts(net, args, here(self.device), self.most, nested, other)]
             if must and all(text.startswith("eager") for _, text in found):
@@ -189,6 +191,11 @@ def products(g: Grid) -> None:
     g.random("baddbmm", lambda a, x, y: torch.baddbmm(a, x, y, alpha=0.5, beta=2.0), SINGLE,
              (3, 20, 24), (3, 20, 32), (3, 32, 24), must=False)  # fmt: skip
     g.random("addmm", torch.addmm, SINGLE, (24,), (20, 32), (32, 24))
+    for name, d in DTYPES.items():
+        g.random(f"rotary embedding after a product {name}", rotary, d, (2, 50, 96), (512, 96), *[(1, 1, 50, 64)] * 2)
+    ends = torch.tensor([5, 5, 40, 77], dtype=torch.int32, device=g.device)
+    g.add("grouped product", lambda x, w, e: F.silu(torch._grouped_mm(x, w, offs=e)),
+          lambda: (g.randn(77, 64, dtype=BRAIN), g.randn(4, 64, 48, dtype=BRAIN), ends))  # fmt: skip
 
 
 def attentions(g: Grid) -> None:
@@ -216,6 +223,10 @@ def attentions(g: Grid) -> None:
     g.random("heads inside tokens", lambda *qkv: F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in qkv)),
              HALF, *[(2, n, 4, 64)] * 3)  # fmt: skip
     g.add("rows that see nothing", sdpa(), lambda: (*some(HALF, n, n, n), (g.randn(n, 1) > 0).repeat(1, n)))
+    numbers = torch.randperm(40, device=g.device).view(2, 20)
+    for name, queries in (("attention", n), ("one query", 1)):
+        g.add(f"{name} of pages", paged, lambda queries=queries: (
+            g.randn(2, 4, queries, 64, dtype=HALF), *g.randn(2, 40, 8, 2, 64, dtype=HALF), numbers))  # fmt: skip
     distance = torch.arange(long)[:, None] - torch.arange(long)
     window = Net(lambda s, *qkv: F.scaled_dot_product_attention(*qkv, s.mask),
                  mask=(distance >= 0) & (distance < long // 4))  # fmt: skip
@@ -224,6 +235,22 @@ def attentions(g: Grid) -> None:
     g.add("one query, symbolic keys", lambda *qkv: F.scaled_dot_product_attention(*qkv),
           lambda: tuple(some(HALF, 1, 50, 50)), dynamic=(None, {2: many}, {2: many}),
           run=lambda: tuple(some(HALF, 1, 333, 333)))  # fmt: skip
+
+
+def paged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Attention over keys in pages [pages, keys of a page, heads, features]."""
+    k, v = (pool[table].view(len(table), -1, *pool.shape[2:]).transpose(1, 2) for pool in (keys, values))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def rotary(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Attention of 4 heads of 64 features on 2, with queries and keys rotated after one product."""
+    (batch, tokens, _), y, heads = x.shape, F.linear(x, w), []
+    for start, count in ((0, 4), (256, 2)):
+        head = y[..., start : start + 64 * count].view(batch, tokens, count, 64).transpose(1, 2)
+        heads.append(head * cos + torch.cat((-head[..., 32:], head[..., :32]), -1) * sin)
+    value = y[..., 384:].view(batch, tokens, 2, 64).transpose(1, 2)
+    return F.scaled_dot_product_attention(*heads, value, is_causal=True, enable_gqa=True)
 
 
 def others(g: Grid) -> None:

@@ -149,7 +149,7 @@ class _Loader:
         backend = self._gpu_backend()
         if row["library"] is not None and self.native:
             try:
-                backend.adopt(region, schedule, self.host, self.parts[f"library:{row['library']}"].data)
+                backend.adopt_bytes(region, schedule, self.host, self.parts[f"library:{row['library']}"].data)
             except (ArtefactError, ImportError, *MALFORMED) as error:
                 self.notes.append(f"compiled kernels do not load, and are compiled again: {_first_line(error)}")
                 self.counts["recompilations"] = self.counts.get("recompilations", 0) + 1

@@ -22,14 +22,14 @@ def partition(program: Program, backends: Sequence[Backend], target: Target) -> 
 
     Backends are asked in the given order. Each grows clusters greedily along data flow: a node joins the clusters of
     its producers as long as the backend supports the union and no value leaves the cluster and comes back. Then
-    clusters join the one that reads their result in parts, and nodes at the end of a cluster move to the one that reads
+    clusters take in those that read their result in parts, and nodes at the end of a cluster move to the one that reads
     them where that leaves fewer bytes to be written and read again. What no backend claims becomes a region of one
     node, or of a node of several results and those that take it apart.
     """
     cut = _Cut(program)
     for backend in backends:
         cut.claim(backend, target)
-        cut.join(backend, target)
+        cut.collect(backend, target)
         cut.shift(backend, target)
     return cut.ordered()
 
@@ -63,13 +63,19 @@ class _Cut:
             if alone:
                 self.owner.update(dict.fromkeys(self.cluster[node], backend.name))
             for source in node.all_input_nodes:
-                known = self.owner.get(source) == backend.name or (source not in self.owner and backend.absorbs(source))
+                known = self.cluster[source] if self.owner.get(source) == backend.name else self._taken(source, backend)
                 mine = known and self.cluster.get(source) is not self.cluster[node]
                 if mine and (alone or node not in self.owner or self.owner[node] == backend.name):
-                    union = sorted([*self.cluster[source], *self.cluster[node]], key=self.position.__getitem__)
+                    union = sorted({*known, *self.cluster[node]}, key=self.position.__getitem__)
                     if backend.supports(Region.of(union), target) is None and self._convex(union):
-                        self.owner[node] = self.owner[source] = backend.name
+                        self.owner.update(dict.fromkeys([node, *known], backend.name))
                         self._regroup(union)
+
+    def _taken(self, node: fx.Node, backend: Backend) -> list[fx.Node]:
+        """A lone node that the backend would take in with its consumer, and those before it."""
+        if node not in self.position or node in self.owner or not backend.absorbs(node):
+            return []
+        return [*self.cluster[node], *(n for source in node.all_input_nodes for n in self._taken(source, backend))]
 
     def _regroup(self, *groups: list[fx.Node]) -> None:
         """Let these groups be the clusters of their members, which were in no other clusters than members are now."""
@@ -80,25 +86,37 @@ class _Cut:
             if len(group) > 1:
                 self.wide[self.position[group[0]]] = group
 
-    def join(self, backend: Backend, target: Target) -> None:
-        """Join a cluster with the one that reads parts of its result, which no step of `claim` could reach."""
+    def collect(self, backend: Backend, target: Target) -> None:
+        """Let a node take in clusters that read views of parts of its result, which no step of `claim` could reach."""
         for node in self.calls:
-            own, views = self.cluster[node], list(node.users)
-            if self.owner.get(node) != backend.name or len(views) < 2:
-                continue
-            if not all(v in self.position and cost.is_free(v) for v in views):  # the result itself is read, or returned
-                continue
-            if sum(map(_elements, views)) > _elements(node):
+            parts = [user for user in node.users if user in self.position and cost.is_free(user)]
+            if self.owner.get(node) != backend.name or not parts or len(parts) < len(node.users):
+                continue  # the result itself is read, or returned
+            if sum(map(_elements, parts)) > _elements(node):
                 continue  # what is read twice would be computed twice
-            readers = [self.cluster.get(n) for v in views for n in (v, *v.users) if self.cluster.get(n) != [v]]
-            reader = readers[0] if readers else None
-            if reader is None or reader is own or any(r is not reader for r in readers):
-                continue
-            union = sorted({*own, *views, *reader}, key=self.position.__getitem__)
-            mine = self.owner.get(reader[0]) == backend.name
-            if mine and backend.supports(Region.of(union), target) is None and self._convex(union):
-                self.owner.update(dict.fromkeys(union, backend.name))
-                self._regroup(union)
+            views = self._views_of(node)
+            for reader in [self.cluster[n] for v in views for n in (v, *v.users) if self.owner.get(n) == backend.name]:
+                if self.cluster[reader[0]] is not reader or reader is self.cluster[node]:  # it has just been taken in
+                    continue
+                between, stack = set(parts), list(reader)
+                while stack:
+                    new = [s for s in stack.pop().all_input_nodes if s in views and s not in between]
+                    between.update(new)
+                    stack += new
+                union = sorted({*self.cluster[node], *between, *reader}, key=self.position.__getitem__)
+                if backend.supports(Region.of(union), target) is None and self._convex(union):
+                    self.owner.update(dict.fromkeys(union, backend.name))
+                    self._regroup(union)
+
+    def _views_of(self, node: fx.Node) -> list[fx.Node]:
+        """All views of a node's result, in order."""
+        found, stack = set[fx.Node](), [node]
+        while stack:
+            for user in stack.pop().users:
+                if user in self.position and user not in found and cost.is_free(user):
+                    found.add(user)
+                    stack.append(user)
+        return sorted(found, key=self.position.__getitem__)
 
     def shift(self, backend: Backend, target: Target) -> None:
         """Move nodes of the backend's clusters to the only cluster that reads them, where that saves bytes.

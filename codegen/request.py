@@ -30,8 +30,8 @@ def encode_request(program: Program, region: Region, values: Sequence[Any], targ
         if not isinstance(value, torch.Tensor):
             described.append({"plain": encode_value(value)})
             continue
-        tensors[str(k)] = _span(value)
-        described.append({"shape": list(value.shape), "stride": list(value.stride())})
+        tensors[str(k)] = _span(value).cpu()
+        described.append({"shape": list(value.shape), "stride": list(value.stride()), "device": str(value.device)})
     save_file(tensors, path)
     facts = dataclasses.asdict(target) | {"features": sorted(target.features)}
     kept = [any(user.op == "output" for user in n.users) for n in region.outputs]
@@ -47,7 +47,7 @@ def decode_request(request: Json) -> tuple[Program, Region, list[Any], Target]:
         if "plain" in d:
             values.append(decode_value(d["plain"]))
         else:
-            values.append(stored[str(k)].as_strided(d["shape"], d["stride"]))
+            values.append(stored[str(k)].to(d["device"]).as_strided(d["shape"], d["stride"]))
     facts = {k: tuple(v) if isinstance(v, list) else v for k, v in request["target"].items()}
     target = Target(**(facts | {"features": frozenset(facts["features"])}))
     nodes = request["program"]["nodes"]

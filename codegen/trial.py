@@ -142,6 +142,8 @@ def _candidates(
                 kernel = backend.lower(region, target, schedule)
                 size, place = difference(run_kernel(kernel, values), wanted)
             except Exception as error:  # whatever a backend raises costs this candidate only
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()  # raises where it broke the device for all that come after it
                 refused[label] = (str(error).splitlines() or [type(error).__name__])[0]
                 continue
             if size > 1:

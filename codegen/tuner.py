@@ -95,8 +95,7 @@ class Tuner:
 
     def _hold(self, program: Program, region: Region, backends: Sequence[Backend], target: Target,
               values: Sequence[Any], only: Sequence[str]) -> Trial:  # fmt: skip
-        # a child would need a context of its own on a GPU, and copies of all values: candidates are tried here
-        isolated = self.isolated and target.device == "cpu" and workshop().possible
+        isolated = self.isolated and workshop().possible
         if not isolated or guess(region, backends, target)[0].name == REFEREE:
             return hold(region, backends, target, values, self.each, only=only)
         skip: dict[str, str] = {}
@@ -119,11 +118,13 @@ class Tuner:
                     trial = decode_trial(answer["trial"])
                     trial.refused |= skip
                     return trial
-                if answer["trying"] == "start":
-                    self.notes.append(f"tried in this process, since the child process failed: {answer['failed']}")
-                    return hold(region, backends, target, values, self.each, only=only)
-                if answer["trying"] == "timing":
+                if answer["trying"] == "timing" and target.device == "cpu":
                     return Trial(refused={**skip, "all": answer["failed"]})
+                if answer["trying"] in ("start", "timing"):  # on a GPU it may lack memory for a context and the values
+                    self.notes.append(f"tried in this process, since the child process failed: {answer['failed']}")
+                    trial = hold(region, backends, target, values, self.each, skip=list(skip), only=only)
+                    trial.refused |= skip
+                    return trial
                 skip[answer["trying"]] = answer["failed"]
         return Trial(refused=skip)
 

@@ -46,6 +46,9 @@ def _serve(request: Json, answer: Any) -> None:
     torch.set_num_threads(request["threads"])
     os.environ["TORCHLATHE_CACHE"] = request["folder"]
     try:
+        if request["target"]["device"] == "cuda":  # its driver maps more addresses than there is memory
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
         program, region, values, target = decode_request(request)
         rivals, _ = backends(program, target, request["search"])
         with torch.no_grad():
@@ -54,9 +57,23 @@ def _serve(request: Json, answer: Any) -> None:
         trial.library = _stored(trial)
         answer({"trial": encode_trial(trial)})
     except Exception as error:  # the parent falls back to eager for this region
+        if not _device_works():
+            os._exit(1)  # the candidate that was tried last is to blame; the next child has a device again
         answer({"failed": f"{type(error).__name__}: {error}"})
     finally:
         signal.alarm(0)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # the parent needs what is left of the device's memory
+
+
+def _device_works() -> bool:
+    """Whether a GPU that was used still answers: a fault in a kernel breaks it for the whole process."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _begin(label: str, answer: Any) -> None:

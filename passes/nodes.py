@@ -28,6 +28,8 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 def expression(size: Any) -> sympy.Expr:
     """A size or stride as a sympy expression; adds no guard."""
+    if isinstance(size, sympy.Basic):
+        return size
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 

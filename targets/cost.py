@@ -29,7 +29,7 @@ from .target import Target
 
 UNKNOWN_SIZE = 1  # for sizes that depend on data and have no hint
 
-MATMULS = {"mm", "bmm", "matmul", "linear", "mv", "dot", "vdot", "inner"}
+MATMULS = {"mm", "bmm", "matmul", "linear", "mv", "dot", "vdot", "inner", "_grouped_mm"}
 ADDED_MATMULS = {"addmm", "baddbmm", "addbmm", "addmv"}
 CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution", "_convolution"}
 TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}

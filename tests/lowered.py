@@ -17,11 +17,13 @@ from torchlathe.codegen.triton.backend import TritonBackend
 Tensors = tuple[torch.Tensor, ...]
 
 
-def alone(function: Callable[..., Any], args: Tensors, dynamic: Any = None) -> tuple[Region, list[int]]:
-    """The function as one region, and which argument is which input."""
+def alone(function: Callable[..., Any], args: Tensors, dynamic: Any = None) -> tuple[Region, list[Any]]:
+    """The function as one region, and which argument is which input; of a size: of which argument and dimension."""
     region, graph = region_of(function, args, dynamic)
     names = [n.name for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta["val"], torch.Tensor)]
-    return region, [names.index(n.name) for n in region.inputs]
+    sizes = [n for n in region.inputs if n.op == "call_function"]
+    where = {n: (names.index(n.args[0].name), n.args[1]) for n in sizes}  # type: ignore[union-attr]
+    return region, [where[n] if n in where else names.index(n.name) for n in region.inputs]
 
 
 def agree(
@@ -31,6 +33,7 @@ def agree(
     dynamic: Any = None,
     most: int = 3,
     wanted: Callable[..., Any] | None = None,
+    kept: bool = True,
 ) -> list[str]:
     """Run the first `most` kernels for a function, and compare them with eager in the same and in double precision.
 
@@ -38,18 +41,21 @@ def agree(
         others: further arguments that the same kernels are called with.
         dynamic: a dict of symbolic dimensions per argument.
         wanted: what stands for the function in eager, where it cannot be run as it is.
+        kept: whether somebody relies on how the results lie in memory.
 
     Returns:
         What was compared: name and schedule of each kernel.
     """
     region, order = alone(function, args, dynamic)
+    for node in region.outputs:
+        node.meta["kept"] = kept
     backend, row, found = TritonBackend(), targets.get("nvidia-sm90"), list[str]()
     assert (reason := backend.supports(region, row)) is None, reason
     eager = wanted or function
     for schedule in itertools.islice(backend.space(region, row), most):
         kernel = backend.lower(region, row, schedule)
         for values in (args, *others):
-            ours = run_kernel(kernel, [values[k] for k in order])
+            ours = run_kernel(kernel, [values[k[0]].shape[k[1]] if isinstance(k, tuple) else values[k] for k in order])
             same, exact = flat(eager(*values)), flat(eager(*map(double, values)))
             assert len(ours) == len(same)
             for k, (o, e, x) in enumerate(zip(ours, same, exact, strict=True)):

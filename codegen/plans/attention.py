@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -12,13 +12,32 @@ from torch import fx
 
 from ...passes.program import Program
 from ..base import Region, in_memory
+from .indexed import Look, Walk, look
 from .layout import expression
+from .rules import name_of
 from .values import FLOATS, Unsupported, bound, dense, same
 
 OPERATOR = "scaled_dot_product_attention"
 WIDEST = 256  # features of a head
 
 Heads = list[tuple[sympy.Expr, int]]  # for each leading dimension: stride, and how many heads share one element
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """Where the index of keys or values lies.
+
+    Attributes:
+        position: parameter number of the index.
+        heads: walk of the index over the leading dimensions.
+        step: stride of the index from one entry to the next.
+        look: what its entries mean.
+    """
+
+    position: int
+    heads: Heads
+    step: sympy.Expr
+    look: Look
 
 
 @dataclass
@@ -41,6 +60,8 @@ class Attention:
         mask_per_query: whether the mask differs from query to query.
         known_mask: a mask that differs from query to query and is a constant; which blocks of keys a tile of queries
             sees is then found at compile time, and passed as one more parameter, "visible".
+        looks: how keys and values that are read through an index are found; their walks and steps are then those inside
+            a page of what is read.
     """
 
     tensors: list[torch.Tensor]
@@ -57,6 +78,7 @@ class Attention:
     masked: bool
     mask_per_query: bool
     known_mask: torch.Tensor | None = None
+    looks: dict[str, Indexed] = field(default_factory=dict)
 
     @property
     def group(self) -> int:
@@ -88,19 +110,23 @@ def visible_blocks(plan: Attention, width: int, block: int) -> torch.Tensor:
     return found.to(torch.int8)
 
 
-def plan(region: Region, program: Program | None) -> Attention:
-    """The attention of a region of one operator. Raises Unsupported with the reason.
+def plan(region: Region, program: Program | None, indexed: bool = False) -> Attention:
+    """The attention of a region. Raises Unsupported with the reason.
 
     Args:
         program: tells whether the mask is a constant.
+        indexed: whether keys and values may be looked up by the region itself.
     """
-    if len(region.nodes) != 1:
+    node = next((n for n in region.nodes if name_of(n) == OPERATOR), None)
+    if node is None or region.outputs != (node,) or (len(region.nodes) > 1 and not indexed):
         raise Unsupported("attention with other operators")
-    (node,) = region.nodes
     given = bound(node)
     if given["dropout_p"]:
         raise Unsupported("attention with dropout")
     operands = {"query": given["query"], "key": given["key"], "value": given["value"]}
+    looks = {n: look(region, operands[n]) for n in ("key", "value") if operands[n] in region.nodes}
+    if {node, *(n for found in looks.values() for n in found.nodes)} != set(region.nodes):
+        raise Unsupported("attention with other operators")
     if given["attn_mask"] is not None:
         operands["mask"] = given["attn_mask"]
         if given["is_causal"]:
@@ -115,8 +141,9 @@ def plan(region: Region, program: Program | None) -> Attention:
     if query.dim() < 3 or any(t.dim() != query.dim() for t in (key, value)):
         raise Unsupported("attention operands of different ranks")
     tensors = {**{n: operands[n].meta["val"] for n in operands}, "output": output}
-    heads = {n: _heads(t, query, bool(given.get("enable_gqa"))) for n, t in tensors.items()}
-    steps = {n: (expression(t.stride(-2)), expression(t.stride(-1))) for n, t in tensors.items()}
+    walks = {n: looks[n].own if n in looks else t for n, t in tensors.items()}
+    heads = {n: _heads(t, query, bool(given.get("enable_gqa"))) for n, t in walks.items()}
+    steps = {n: (expression(t.stride(-2)), expression(t.stride(-1))) for n, t in walks.items()}
     per_query = False
     if "mask" in tensors:
         sizes = tensors["mask"].shape[-2:]
@@ -128,11 +155,14 @@ def plan(region: Region, program: Program | None) -> Attention:
     if per_query and program is not None and all(isinstance(n, int) for n in (query.shape[-2], key.shape[-2])):
         known = program.constant(operands["mask"])
     own_tensors = [n.meta["val"] for n in region.inputs] + ([] if known is None else [torch.empty(0, dtype=torch.int8)])
-    position = {n: region.inputs.index(operand) for n, operand in operands.items()} | {"output": len(own_tensors)}
+    sources = operands | {n: found.source for n, found in looks.items()}
+    position = {n: region.inputs.index(source) for n, source in sources.items()} | {"output": len(own_tensors)}
+    entries = {n: Indexed(region.inputs.index(found.index), _heads(found.entries, query, bool(given.get("enable_gqa"))),
+                          found.entries.stride(-2), found) for n, found in looks.items()}  # fmt: skip
     return Attention(
         [*own_tensors, output], position, [expression(s) for s in query.shape[:-2]],
         heads, steps, expression(query.shape[-2]), expression(key.shape[-2]), features, own, float(scale),
-        bool(given["is_causal"]), "mask" in tensors, per_query, known,
+        bool(given["is_causal"]), "mask" in tensors, per_query, known, entries,
     )  # fmt: skip
 
 
@@ -156,7 +186,7 @@ def _is_one(size: Any) -> bool:
     return isinstance(size, int) and size == 1
 
 
-def _heads(tensor: torch.Tensor, query: torch.Tensor, grouped: bool) -> Heads:
+def _heads(tensor: torch.Tensor | Walk, query: torch.Tensor, grouped: bool) -> Heads:
     """Walk of a tensor over the query's leading dimensions, aligned at the end, broadcast where it has one element."""
     lead, found = query.shape[:-2], Heads()
     own = list(tensor.shape[:-2])

@@ -65,24 +65,30 @@ def _expand(s: Site) -> Value:
 
 
 def _cat(s: Site) -> Value:
-    dim = s.args["dim"] % len(s.coords)
+    dim, rank = s.args["dim"] % len(s.coords), len(s.coords)
     first, parts = s.coords[dim] or (FIXED, 0), s.args["tensors"]
     if first[0] == FIXED:
         raise Unsupported("one element of a cat")
-    values, bounds, start = [], [], 0
+    bounds, start = list[int](), 0
     for part in parts:
-        if len(shape(part)) != len(s.coords) or not isinstance(start, int):
+        if len(shape(part)) != rank or not isinstance(start, int):
             raise Unsupported("cat of parts of other rank or symbolic size")
-        own = None if is_one(shape(part)[dim]) and first[0] != COLUMN else (first[0], first[1] - start)
-        at = (*s.coords[:dim], own, *s.coords[dim + 1 :])
-        values.append(s.build.cast(s.read(part, at), s.kind))
         bounds.append(start - first[1])
         start = start + shape(part)[dim]
-    if first[0] != COLUMN:
-        return s.build.pick(values, (first[0], 0), tuple(bounds))
-    if not isinstance(start, int):
+    if first[0] == COLUMN and not isinstance(start, int):
         raise Unsupported("cat of columns of symbolic size")
-    return s.build.cat(values, tuple(bounds))
+
+    def read(k: int) -> Value:
+        own = None if is_one(shape(parts[k])[dim]) and first[0] != COLUMN else (first[0], -bounds[k])
+        return s.build.cast(s.read(parts[k], (*s.coords[:dim], own, *s.coords[dim + 1 :])), s.kind)
+
+    if first[0] != COLUMN:
+        return s.build.pick([read(k) for k in range(len(parts))], (first[0], 0), tuple(bounds))
+    ends, width = [*bounds[1:], start - first[1]], s.build.space[-1]
+    for k, (low, high) in enumerate(zip(bounds, ends, strict=True)):
+        if isinstance(width, int) and low <= 0 and width <= high:  # half a head, say, that lies in one part
+            return read(k)
+    return s.build.cat([read(k) for k in range(len(parts))], tuple(bounds))
 
 
 def _embedding(s: Site) -> Value:

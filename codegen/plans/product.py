@@ -14,6 +14,7 @@ LINEAR, MATRIX = (
     ("linear", "_weight_int8pack_mm", "linear_int4"),
     ("_int_mm", "mm", "addmm", "bmm", "baddbmm", "matmul"),
 )
+GROUPED = "_grouped_mm"  # rows in groups, each with a matrix of its own
 
 
 def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
@@ -21,6 +22,10 @@ def operands(root: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node | None]:
     given = bound(root)
     if given.get("alpha", 1) != 1 or given.get("beta", 1) != 1:
         raise Unsupported("the product or the addend is scaled")
+    if name_of(root) == GROUPED:
+        if given["bias"] is not None or given["out_dtype"] not in (None, root.meta["val"].dtype):
+            raise Unsupported("a grouped product with a bias or another dtype")
+        return given["self"], given["mat2"], None
     if name_of(root) in LINEAR:
         names = ("self", "mat2") if name_of(root) == "_weight_int8pack_mm" else ("input", "weight")
         return given[names[0]], given[names[1]], given.get("bias")
@@ -46,7 +51,7 @@ def walks_of(root: fx.Node, left: fx.Node, right: fx.Node, region: Region, rank:
         strides: list[sympy.Expr] = [sympy.Integer(0)] * rank
         value = node.meta["val"]
         own = value.dim() - skipped  # dimensions that the space shares, aligned at their ends
-        shared = 0 if node is right and name_of(root) in LINEAR else own
+        shared = 0 if node is right and name_of(root) in (*LINEAR, GROUPED) else own
         for d in range(shared):
             size, stride = value.shape[d], value.stride(d)
             if not (isinstance(size, int) and size == 1):

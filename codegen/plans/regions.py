@@ -20,7 +20,8 @@ from .values import Unsupported
 class Planned(Protocol):
     """A region that a family has planned.
 
-    One whose results have sizes that follow from no size of an input alone has, besides, `made`: these as extents.
+    One whose results have sizes that follow from no size of an input alone has, besides, `made`: these as extents. One
+    whose results lie in different orders has `orders`, one for each.
     """
 
     @property
@@ -37,10 +38,11 @@ def destinations(region: Region, plan: Planned) -> tuple[Destination, ...]:
             known.setdefault(expression(size), (position, dim))
     known |= getattr(plan, "made", {})
     found = []
-    for node in region.outputs:
+    orders = getattr(plan, "orders", ()) or [plan.order] * len(region.outputs)
+    for node, order in zip(region.outputs, orders, strict=True):
         value = node.meta["val"]
         shape = tuple(s if isinstance(s, int) else _extent(expression(s), known) for s in value.shape)
-        found.append(Destination(shape, value.dtype, plan.order))
+        found.append(Destination(shape, value.dtype, order))
     return tuple(found)
 
 

@@ -18,7 +18,7 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
-from ..plans.attention import OPERATOR, Attention, memory_order, plan
+from ..plans.attention import OPERATOR, Attention, Heads, memory_order, plan
 from ..plans.rules import name_of
 from .code import Code, Launch, Sizes, function, long, module, parts, power_of_two
 from .writer import Writer
@@ -42,7 +42,7 @@ class AttentionFamily:
 
     def plan(self, region: Region, program: Program | None, target: Target) -> AttentionLowering:
         """The attention. Raises Unsupported."""
-        return AttentionLowering(plan(region, program))
+        return AttentionLowering(plan(region, program, indexed=True))
 
 
 @dataclass
@@ -191,9 +191,9 @@ class _Template:
         own = w.let(f"{first} + {row} // {queries}")
         return [*outer, first], [*outer, own], w.let(f"{row} % {queries}")
 
-    def _base(self, w: Writer, tensor: str, digits: Sequence[str]) -> str:
+    def _base(self, w: Writer, heads: Heads, digits: Sequence[str]) -> str:
         terms = []
-        for digit, (stride, group) in zip(digits, self.attention.heads[tensor], strict=True):
+        for digit, (stride, group) in zip(digits, heads, strict=True):
             if stride != 0:
                 index = f"({digit} // {group})" if group > 1 else digit
                 terms.append(f"{index} * {self.sizes.text(stride)}")
@@ -201,8 +201,28 @@ class _Template:
 
     def _address(self, tensor: str, base: str, along: str, feature: str) -> str:
         outer, inner = (self.sizes.text(e) for e in self.attention.steps[tensor])
+        if tensor in self.attention.looks:
+            found = self.attention.looks[tensor].look
+            base += f" + {tensor}_entry * {self.sizes.text(found.stride)}"
+            along = "0" if found.page == 1 else f"({along} % {self.sizes.text(found.page)})"
         place = f"{long(along, self.attention.tensors)} * {outer} + {feature} * {inner}"
         return f"t{self.attention.position[tensor]} + {base} + {place}"
+
+    def _entry(self, tensor: str, bases: dict[str, str], along: str, edge: bool) -> list[str]:
+        """Look up where a block of keys or values lies, if an index says so."""
+        p = self.attention
+        if tensor not in p.looks:
+            return []
+        found = p.looks[tensor]
+        page, step, count = (self.sizes.text(e) for e in (found.look.page, found.step, found.look.count))
+        number = along if found.look.page == 1 else f"({along} // {page})"
+        guard = f", mask={along} < {self.sizes.text(p.keys)}, other=0" if edge else ""
+        entry, place = f"{tensor}_entry", f"{long(number, p.tensors)} * {step}"
+        return [
+            f"{entry} = tl.load(t{found.position} + {bases[f'{tensor}_entry']} + {place}{guard}).to(tl.int64)",
+            f"{entry} = tl.where({entry} < 0, {entry} + {count}, {entry})",
+            f"{tensor}_known = ({entry} >= 0) & ({entry} < {count})",
+        ]
 
     def _main(self) -> list[str]:
         p, s, w = self.attention, self.schedule, Writer(self.sizes, self.attention.tensors, {})
@@ -214,7 +234,8 @@ class _Template:
         w.line(f"row = (tile * {rows} + tl.arange(0, {rows}))[:, None]")
         shared, digits, query = self._start(w, "row")  # keys and values do not depend on the row
         w.line(f"real = row < {self.sizes.text(self._rows)}")
-        bases = {n: self._base(w, n, shared if n in ("key", "value") else digits) for n in p.position}
+        bases = {n: self._base(w, p.heads[n], shared if n in ("key", "value") else digits) for n in p.position}
+        bases |= {f"{n}_entry": self._base(w, found.heads, shared) for n, found in p.looks.items()}
         w.line(f"down = tl.arange(0, {wide})[:, None]")
         w.line(f"feature = tl.arange(0, {wide})[None, :]")
         w.line(f"own = tl.arange(0, {own})[None, :]")
@@ -281,13 +302,17 @@ class _Template:
         p, block = self.attention, int(self.schedule["keys"])
         keys, rows = self.sizes.text(p.keys), int(self.schedule["queries"])
         conditions = [f"(key < {keys})"] * edge + [f"(down < {p.features})"] * (wide != p.features)
+        conditions += ["key_known"] * ("key" in p.looks)
         guard = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
         lines = [
             f"key = start + tl.arange(0, {block})[None, :]",
+            *self._entry("key", bases, "key", edge),
             f"k = tl.load({self._address('key', bases['key'], 'key', 'down')}{guard})",
             f"scores = device.dot(q, k, tl.zeros([{rows}, {block}], tl.float32)) * {p.scale * LOG2E!r}",
         ]
         hide = 'float("-inf")'
+        if "key" in p.looks:  # eager raises for an entry that is none; a kernel cannot, but must not return a number
+            lines.append('scores = tl.where(key_known, scores, float("nan"))')
         if masked:
             per_query = p.mask_per_query
             guards = [f"(key < {keys})"] * edge + ["real"] * per_query
@@ -309,6 +334,7 @@ class _Template:
         value = p.tensors[p.position["value"]].dtype
         conditions = [f"(place < {self.sizes.text(p.keys)})"] * edge
         conditions += [f"(own < {p.value_features})"] * (own != p.value_features)
+        conditions += ["value_known"] * ("value" in p.looks)
         guard = f", mask={' & '.join(conditions)}, other=0" if conditions else ""
         kind = {torch.float32: "tl.float32", torch.float16: "tl.float16", torch.bfloat16: "tl.bfloat16"}[value]
         return [
@@ -318,7 +344,9 @@ class _Template:
             "shrink = tl.exp2(peak - safe)",
             "total = total * shrink + tl.sum(weight, 1, keep_dims=True)",
             f"place = start + tl.arange(0, {block})[:, None]",
+            *self._entry("value", bases, "place", edge),
             f"v = tl.load({self._address('value', bases['value'], 'place', 'own')}{guard})",
+            *['v = tl.where(value_known, v, float("nan"))'] * ("value" in p.looks),
             f"sums = device.dot(weight.to({kind}), v, sums * shrink)",
             "peak = high",
         ]
@@ -345,7 +373,7 @@ class _Template:
         w.line(f"row = {row}")
         w.line(f"head = {w.long(head)}")
         _, digits, query = self._start(w, "row")
-        base = self._base(w, "output", digits)
+        base = self._base(w, p.heads["output"], digits)
         w.line(f"own = tl.arange(0, {own})[None, :]")
         w.line(f"part = tl.arange(0, {most})[:, None]")
         w.line(f"area = {self._area('part')}")

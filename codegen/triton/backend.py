@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,7 @@ from ...targets.target import Target, fingerprint
 from ..base import Kernel, Region, Schedule
 from ..container import write_atomically
 from ..plans.conv import pads
+from ..plans.indexed import chain
 from ..plans.regions import destinations
 from ..plans.rules import name_of
 from ..plans.values import Unsupported, devices
@@ -111,8 +112,8 @@ class TritonBackend:
     _compiled: dict[tuple[str, str], Future[Made]] = field(default_factory=dict, repr=False)
 
     def absorbs(self, node: fx.Node) -> bool:
-        """A frame of zeros around an image."""
-        return pads(node)
+        """A frame of zeros around an image; what looks up keys or values, and views of it."""
+        return pads(node) or bool(chain(node))
 
     def supports(self, region: Region, target: Target) -> str | None:
         """None if the region can be lowered, else the reason why not."""
@@ -149,8 +150,9 @@ class TritonBackend:
             constants = plan.constants(schedule, target)
         except Unsupported as reason:
             raise LowerError(str(reason), node=region.nodes[0].name, by=self.name) from reason
+        call = runner(code, binaries, target, len(region.outputs))
         return Kernel(
-            name, self.name, runner(code, binaries, target, len(region.outputs)), buffers, constants=constants,
+            name, self.name, _without_sizes(call, region), buffers, constants=constants,
             source=code.text, schedule=schedule,
             flops=plan.flops, outputs=len(region.outputs), bytes=sum(_bytes(t) for t in plan.tensors),
             asm=_asm(binaries), spills=max((b.spills for b in binaries if b), default=0),
@@ -182,8 +184,12 @@ class TritonBackend:
                                  by=self.name)  # fmt: skip
         return code, [b if b is None or is_here(target) else resources(b) for b in binaries]
 
-    def adopt(self, region: Region, schedule: Schedule, target: Target, data: bytes) -> None:
-        """Let `lower` take the code of this region and schedule from an artefact. Raises what malformed data raise."""
+    def adopt(self, region: Region, schedule: Schedule, target: Target, library: Path, source: str) -> None:
+        """Let `lower` take the code of this region and schedule from a file instead of compiling it."""
+        self.adopt_bytes(region, schedule, target, library.read_bytes())
+
+    def adopt_bytes(self, region: Region, schedule: Schedule, target: Target, data: bytes) -> None:
+        """The same with code from an artefact. Raises what malformed data raise."""
         made: Future[Made] = Future()
         made.set_result(decode(data))
         self._compiled[region.key(self.program), f"{schedule} {fingerprint(target)}"] = made
@@ -192,10 +198,27 @@ class TritonBackend:
         return f"{self._family(region).name}_" + "_".join(dict.fromkeys(_short(n) for n in region.nodes))[:80]
 
     def _plan(self, region: Region, target: Target) -> Lowering:
-        return self._family(region).plan(region, self.program, target)
+        plan = self._family(region).plan(_of_tensors(region), self.program, target)
+        if hasattr(plan, "made") and _of_tensors(region) is not region:  # numbers of inputs would differ
+            raise Unsupported("sizes among the inputs of a region whose results have sizes of their own")
+        return plan
 
     def _family(self, region: Region) -> Family:
         return next(f for f in self.families if f.claims(region))
+
+
+def _of_tensors(region: Region) -> Region:
+    """The region without inputs that are sizes, which kernels take from the shapes of tensors."""
+    inputs = tuple(n for n in region.inputs if not isinstance(n.meta.get("val"), (int, torch.SymInt)))
+    return region if inputs == region.inputs else replace(region, inputs=inputs)
+
+
+def _without_sizes(call: Callable[..., None], region: Region) -> Callable[..., None]:
+    """A call that takes sizes among the inputs as well, and leaves them out."""
+    if _of_tensors(region) is region:
+        return call
+    sizes = {k for k, n in enumerate(region.inputs) if isinstance(n.meta.get("val"), (int, torch.SymInt))}
+    return lambda *values: call(*(v for k, v in enumerate(values) if k not in sizes))
 
 
 def _asm(made: list[Binary | None]) -> dict[str, str]:

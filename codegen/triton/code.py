@@ -79,7 +79,7 @@ class Sizes:
 
     def text(self, expr: Any) -> str:
         """A size as text. Raises Unsupported when a symbol is not the size of a parameter."""
-        expr = expression(expr) if not isinstance(expr, sympy.Basic) else expr
+        expr = expression(expr)
         for symbol in sorted(expr.free_symbols, key=str):
             self._bind(symbol)
         try:

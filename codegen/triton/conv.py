@@ -67,7 +67,7 @@ def _product(conv: Convolution, tail: Tail, walk: Access, right: Access, steps: 
     extents = [conv.images, *map(sympy.Integer, (*conv.result, conv.filters))]
     if conv.window == (1, 1):
         extents = merge(extents, [left, right, *tail.loads.values(), *(o.access for o in tail.outputs)], False)
-        own_row(extents, 0, left, right, tail)
+        own_row(extents, 0, [left, *(o.access for o in tail.outputs)], [right, *tail.loads.values()])
     down, over = (sympy.Integer(s) for s in steps)
     depth = sympy.Integer(conv.channels * conv.window[0] * conv.window[1])
     dtype = conv.weight.meta["val"].dtype

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -18,8 +18,9 @@ from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
 from ..plans.layout import Access, contiguous
-from ..plans.product import LINEAR, MATRIX
+from ..plans.product import GROUPED, LINEAR, MATRIX
 from ..plans.rules import name_of
+from ..plans.tail import Tail
 from .code import Code, Launch, Sizes, function, module, parts, power_of_two
 from .product import Product, plan
 from .writer import Place, Writer
@@ -42,7 +43,7 @@ class MatmulFamily:
 
     def claims(self, region: Region) -> bool:
         """Whether a matrix product is in the region."""
-        return any(name_of(n) in (*LINEAR, *MATRIX) for n in region.nodes)
+        return any(name_of(n) in (*LINEAR, *MATRIX, GROUPED) for n in region.nodes)
 
     def plan(self, region: Region, program: Program | None, target: Target) -> MatmulLowering:
         """The region's product. Raises Unsupported."""
@@ -51,10 +52,15 @@ class MatmulFamily:
 
 @dataclass
 class MatmulLowering:
-    """A planned product, and how its outputs lie in memory (None: contiguous)."""
+    """A planned product."""
 
     product: Product
     order: tuple[int, ...] | None = None
+
+    @property
+    def orders(self) -> Sequence[tuple[int, ...] | None]:
+        """How outputs lie in memory, where they lie differently."""
+        return self.product.heads.orders if self.product.heads is not None else ()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -94,7 +100,7 @@ class MatmulLowering:
                 continue
             for split in splits:
                 for tma in self._tma(target) if split == 1 and height >= 64 else (False,):
-                    for programs in self._programs(blocks, target) if tma else (0,):
+                    for programs in self._programs(blocks, target) if tma and not p.batch else (0,):
                         key = (height, width, depth, warps, stages, split, tma, programs)
                         if key not in seen:
                             seen.add(key)
@@ -104,7 +110,7 @@ class MatmulLowering:
         """Whether torch's own product and one kernel for what follows are a way: a dense left operand, one weight."""
         p = self.product
         left = p.tail.tensors[p.left.buffer]
-        return p.library and p.batch == 0 and contiguous(left) and p.depth.is_Integer
+        return p.library and (p.batch == 0 or p.heads is not None) and contiguous(left) and p.depth.is_Integer
 
     def _programs(self, blocks: int, target: Target) -> tuple[int, ...]:
         """How many programs share the tiles; 0: one for each."""
@@ -124,7 +130,7 @@ class MatmulLowering:
     def _splits(self, blocks: int, depth: int, target: Target) -> list[int]:
         """Into how many parts the depth is cut: as many as keep all multiprocessors busy, or none."""
         p = self.product
-        if not p.depth.is_Integer or not all(e.is_Integer for e in p.extents) or blocks >= target.cores:
+        if not p.depth.is_Integer or not all(e.is_Integer for e in p.extents) or blocks >= target.cores or p.groups:
             return [1]
         most = max(1, int(p.depth) // (2 * depth))
         wanted = min(most, power_of_two(max(1, 2 * target.cores // blocks)) // 2, 16)
@@ -134,11 +140,13 @@ class MatmulLowering:
         """Whether operands may be read by descriptors: dense rows whose starts are multiples of 16 bytes."""
         p = self.product
         static = all(e.is_Integer for e in (*p.extents, p.depth, p.width))
-        if "tma" not in target.features or p.dtype is torch.float32 or p.batch or not static or len(p.extents) != 2:
+        if "tma" not in target.features or p.dtype is torch.float32 or not static or p.groups is not None:
+            return (False,)
+        if (p.batch and p.heads is None) or len(p.extents) != p.batch + 2:
             return (False,)
         width = p.dtype.itemsize
-        steps = [p.left.strides[0], p.right_steps[0] if p.right_steps[1] == 1 else p.right_steps[1]]
-        starts = [*p.parts] if p.right_steps[1] == 1 else []  # columns that a read may begin at
+        steps = [p.left.strides[p.batch], p.right_steps[0] if p.right_steps[1] == 1 else p.right_steps[1]]
+        starts = [*p.parts, *([p.width] if p.heads else [])] if p.right_steps[1] == 1 else []  # where a read may begin
         dense = p.left_step == 1 and 1 in p.right_steps and all(int(s) * width % 16 == 0 for s in (*steps, *starts))
         return (True, False) if dense else (False,)
 
@@ -172,7 +180,7 @@ class Template:
         splits, programs = int(self.schedule["splits"]), int(self.schedule["programs"])
         height, width = int(self.schedule["rows"]), int(self.schedule["columns"])
         batches = sympy.Mul(*p.extents[: p.batch])
-        tiles = parts(p.rows, height) * parts(p.columns, width)
+        tiles = self._down(height) * parts(p.columns, width)
         warps, stages = int(self.schedule["warps"]), int(self.schedule["stages"])
         count = len(p.tail.tensors)
         parameters = tuple(range(count + (splits > 1)))
@@ -189,12 +197,12 @@ class Template:
     def _library(self) -> Code:
         """torch's own product into scratch memory, and a kernel for what follows."""
         p, name = self.product, f"{self.name}_tail"
-        count = len(p.tail.tensors)
+        count, batches = len(p.tail.tensors), sympy.Mul(*p.extents[: p.batch])
         launches = [
             Launch("", (p.left.buffer, p.right.buffer, count), (sympy.Integer(1),), turned=p.turned),
-            Launch(name, tuple(range(count + 1)), (parts(p.rows * p.columns, SHARE), sympy.Integer(1)), 4),
+            Launch(name, tuple(range(count + 1)), (parts(p.rows * p.columns, SHARE), batches), 4),
         ]
-        return self._code([(name, self._sum(1))], launches, [((p.rows, p.width), p.dtype)])
+        return self._code([(name, self._sum(1))], launches, [((p.rows, batches * p.width), p.dtype)])
 
     def _code(self, texts: Sequence[tuple[str, list[str]]], launches: Sequence[Launch], scratch: Any) -> Code:
         count = len(self.product.tail.tensors) + len(scratch)
@@ -209,14 +217,18 @@ class Template:
         height, width, programs = int(s["rows"]), int(s["columns"]), int(s["programs"])
         rows, columns = self.sizes.text(p.rows), self.sizes.text(p.columns)
         head = self._descriptors() if bool(s["tma"]) else []
-        tiles, batches = parts(p.rows, height) * parts(p.columns, width), sympy.Mul(*p.extents[: p.batch])
+        tiles, batches = self._down(height) * parts(p.columns, width), sympy.Mul(*p.extents[: p.batch])
         split, batch = "0", "0"
         if not programs:
             tile, split, batch = w.program(tiles, splits, batches)
             w.line(f"tile = {tile}")
-        _tiles(w, rows, columns, height, width)
+        _tiles(w, self.sizes.text(self._down(height)), columns, width)
         outer = w.digits(w.long(batch), p.extents[: p.batch])
-        w.line("row = " + w.long(f"(tile_row * {height} + tl.arange(0, {height}))[:, None]"))
+        first = f"tile_row * {height}"
+        if p.groups is not None:
+            self._find_group(w, height)
+            first = "first"
+        w.line("row = " + w.long(f"({first} + tl.arange(0, {height}))[:, None]"))
         w.line("column = " + w.long(f"(tile_column * {width} + tl.arange(0, {width}))[None, :]"))
         self._accumulate(w, outer, split, splits)
         if splits > 1:
@@ -232,6 +244,29 @@ class Template:
         return [*head, f"for tile in tl.range(tl.program_id(0), {self.sizes.text(tiles)}, {programs}, flatten=True):",
                 *(f"    {line}" for line in body)]  # fmt: skip
 
+    def _down(self, height: int) -> sympy.Expr:
+        """Tiles below each other; of rows in groups, of which no tile has two, the most that there can be."""
+        groups = self.product.groups
+        return parts(self.product.rows, height) + (groups.count - 1 if groups is not None else 0)
+
+    def _find_group(self, w: Writer, height: int) -> None:
+        """The group of this tile, its first row and the row where the group ends; a tile without a group ends here."""
+        groups = self.product.groups
+        assert groups is not None
+        step, ends = self.sizes.text(groups.step), f"t{groups.ends}"
+        w.line(f"each = tl.arange(0, {power_of_two(groups.count)})")
+        w.line(f"ends = tl.load({ends} + each * {step}, mask=each < {groups.count}, other=0).to(tl.int32)")
+        before = f"(each > 0) & (each < {groups.count})"
+        w.line(f"begins = tl.load({ends} + (each - 1) * {step}, mask={before}, other=0).to(tl.int32)")
+        w.line(f"tiles = (tl.maximum(ends - begins, 0) + {height - 1}) // {height}")
+        w.line("after = tl.cumsum(tiles, 0)")
+        w.line("mine = (tile_row < after) & (tile_row >= after - tiles)")
+        w.line("own = tl.sum(tl.where(mine, each, 0), 0)")
+        w.line(f"first = tl.sum(tl.where(mine, begins + (tile_row - after + tiles) * {height}, 0), 0)")
+        w.line("last = tl.sum(tl.where(mine, ends, 0), 0)")
+        w.line("if last == 0:")
+        w.line("    return")
+
     @property
     def _parts(self) -> list[tuple[str, str]]:
         """For each part of the right operand what is added to a column, and the name of the sums."""
@@ -242,12 +277,29 @@ class Template:
         """What follows the product, and the stores."""
         p = self.product
         digits = (*outer, *w.digits("row", p.extents[p.batch : -1]))
-        inside = w.let(f"row < {self.sizes.text(p.rows)}", stem="inside")
+        limit = "last" if p.groups is not None else self.sizes.text(p.rows)
+        inside = w.let(f"row < {limit}", stem="inside")
         across = w.let(f"column < {self.sizes.text(p.columns)}", stem="inside")
         place = Place(digits, "column", inside, across)
-        for result, (_, sums) in zip(p.tail.results.values(), self._parts, strict=True):
+        if p.heads is None:
+            self._store(w, p.tail, place)
+            return
+        for k, piece in enumerate(p.heads.pieces):
+            if len(p.heads.pieces) > 1:
+                last = k + 1 == len(p.heads.pieces)
+                w.line("else:" if last else f"{'el' if k else ''}if {outer[0]} < {piece.first + piece.count}:")
+            own = Writer(w.sizes, piece.tail.tensors, piece.tail.loads, count=w.count)
+            number = (own.let(f"{outer[0]} - {piece.first}"), *digits[1:]) if p.batch else digits
+            self._store(own, piece.tail, replace(place, digits=number))
+            indent = "    " if len(p.heads.pieces) > 1 else ""
+            w.blocks[0].lines += [indent + line for line in own.blocks[0].lines]
+            w.count = own.count
+
+    def _store(self, w: Writer, tail: Tail, place: Place) -> None:
+        """Compute and write the outputs of a tail."""
+        for result, (_, sums) in zip(tail.results.values(), self._parts, strict=True):
             w.know(result, place, sums)
-        for o in p.tail.outputs:
+        for o in tail.outputs:
             w.store(o.access, place, w.value(o.value, place))
 
     def _accumulate(self, w: Writer, outer: Sequence[str], split: str, splits: int) -> None:
@@ -257,7 +309,7 @@ class Template:
         for _, sums in self._parts:
             w.line(f"{sums} = tl.zeros([{height}, {width}], tl.float32)")
         if bool(s["tma"]):
-            self._by_descriptors(w, height, width, block)
+            self._by_descriptors(w, outer, height, width, block)
             return
         w.line(f"near = row % {self.sizes.text(p.rows)}")
         w.line(f"across = column % {self.sizes.text(p.columns)}")
@@ -267,6 +319,8 @@ class Template:
             left = w.let(f"{left} + near * 0")
         batch = Place((*outer, *["0"] * (len(p.extents) - 1 - p.batch)), "0")
         right = w.let(w.offset(_lead(p.right), batch)[0])
+        if p.groups is not None:
+            right = w.let(f"{right} + own.to(tl.int64) * {self.sizes.text(p.groups.stride)}")
         even = p.depth.is_Integer and int(p.depth) % (block * splits) == 0
         share = f"tl.cdiv(tl.cdiv({depth}, {block}), {splits}) * {block}"
         first, last = ("0", depth) if splits == 1 else (w.let(f"{split} * ({share})"), None)
@@ -287,23 +341,23 @@ class Template:
         """What the bulk copy engine knows of the operands."""
         p, s = self.product, self.schedule
         height, width, block = (int(s[k]) for k in ("rows", "columns", "depth"))
-        rows, columns, depth = int(p.rows), int(p.width), int(p.depth)
+        rows, columns, depth = int(p.rows), int(p.width * sympy.Mul(*p.extents[: p.batch])), int(p.depth)
         flipped = p.right_steps[0] == 1
         outer, inner = (columns, depth) if flipped else (depth, columns)
         step = int(p.right_steps[1] if flipped else p.right_steps[0])
         box = [width, block] if flipped else [block, width]
-        left, right = f"[{rows}, {depth}], [{int(p.left.strides[0])}, 1]", f"[{outer}, {inner}], [{step}, 1]"
+        left, right = f"[{rows}, {depth}], [{int(p.left.strides[p.batch])}, 1]", f"[{outer}, {inner}], [{step}, 1]"
         return [f"left = tl.make_tensor_descriptor(t{p.left.buffer}, {left}, [{height}, {block}])",
                 f"right = tl.make_tensor_descriptor(t{p.right.buffer}, {right}, {box})"]  # fmt: skip
 
-    def _by_descriptors(self, w: Writer, height: int, width: int, block: int) -> None:
+    def _by_descriptors(self, w: Writer, outer: Sequence[str], height: int, width: int, block: int) -> None:
         """Operands by the bulk copy engine, which fills what lies outside with zeros."""
         p = self.product
         flipped = p.right_steps[0] == 1  # the weight of a linear layer: [columns, depth]
         w.line(f"for start in range(0, {int(p.depth)}, {block}):")
         w.line(f"    a = left.load([tile_row * {height}, start])")
         for part, sums in self._parts:
-            first = f"tile_column * {width}{part}"
+            first = f"tile_column * {width}{part}" + (f" + {outer[0]} * {int(p.width)}" if p.batch else "")
             w.line(f"    b = right.load({f'[{first}, start]).T' if flipped else f'[start, {first}])'}")
             w.line(f"    {sums} = device.dot(a, b, {sums})")
 
@@ -320,8 +374,10 @@ class Template:
         for _, sums in self._parts:
             w.line(f"{sums} = tl.zeros([1, {SHARE}], tl.float32)")
         w.line(f"for part in tl.static_range({splits}):")
-        area = f"((part * {self.sizes.text(batches)} + {batch}) * {rows} + row) * {self.sizes.text(p.width)} + column"
-        w.line(f"    area = {area}")
+        area = f"((part * {self.sizes.text(batches)} + {batch}) * {rows} + row) * {self.sizes.text(p.width)}"
+        if self.schedule.name == "library":  # torch writes whole rows, batch elements (which are heads) side by side
+            area = f"row * {self.sizes.text(batches * p.width)} + {batch} * {self.sizes.text(p.width)}"
+        w.line(f"    area = {area} + column")
         for part, sums in self._parts:
             scratch = f"tl.load(t{len(p.tail.tensors)} + area{part}, mask=row < {rows}, other=0)"
             w.line(f"    {sums} += {scratch}.to(tl.float32)")
@@ -334,9 +390,9 @@ def _lead(access: Access) -> Access:
     return Access(access.buffer, [*access.strides[:-1], sympy.Integer(0)], access.shift)
 
 
-def _tiles(w: Writer, rows: str, columns: str, height: int, width: int) -> None:
+def _tiles(w: Writer, down: str, columns: str, width: int) -> None:
     """Number of the tile, in an order in which neighbours share operands."""
-    w.line(f"down = tl.cdiv({rows}, {height})")
+    w.line(f"down = {down}")
     w.line(f"over = tl.cdiv({columns}, {width})")
     w.line(f"group = tile // ({GROUP} * over)")
     w.line(f"high = tl.minimum(down - group * {GROUP}, {GROUP})")

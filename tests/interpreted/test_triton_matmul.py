@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -185,3 +186,41 @@ def test_what_is_refused() -> None:
     assert "without elements" in str(backend.supports(region, target))
     region, _ = alone(lambda x, w: F.softmax(F.linear(x, w), -1), (torch.randn(4, 5), torch.randn(3, 5)))
     assert backend.supports(region, target) is not None
+
+
+def grouped(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return F.relu(torch._grouped_mm(x, w, offs=ends))
+
+
+def in_turn(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, after: Any = F.relu) -> Any:
+    """The same, one group after the other: torch's own knows no double precision, and traces bfloat16 only."""
+    first, parts = [0, *ends.tolist()], []
+    for k in range(len(w)):
+        parts.append(x[first[k] : first[k + 1]] @ w[k])
+    return after(torch.cat(parts))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_rows_in_groups(turned: bool) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(75, 48).bfloat16(), torch.randn(5, 48, 40).bfloat16() / 8
+    w = w.transpose(1, 2).contiguous().transpose(1, 2) if turned else w
+    ends = [torch.tensor(e, dtype=torch.int32) for e in ([20, 20, 37, 70, 75], [0, 75, 75, 75, 75], [1, 2, 3, 4, 75])]
+    others = [(x, w, e) for e in ends[1:]]
+    assert len(agree(grouped, x, w, ends[0], others=others, most=3, wanted=in_turn)) == 3
+
+
+def test_groups_of_any_number_of_rows_and_a_gate() -> None:
+    def experts(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, share: torch.Tensor, product: Any = None) -> Any:
+        y = (product or torch._grouped_mm)(x, w, offs=ends)
+        return F.silu(y[:, :24]) * y[:, 24:] * share[:, None]
+
+    def wanted(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, share: torch.Tensor) -> Any:
+        return experts(x, w, ends, share, lambda x, w, offs: in_turn(x, w, offs, lambda y: y))
+
+    torch.manual_seed(0)
+    w, rows = torch.randn(3, 16, 48).bfloat16(), Dim("rows", min=2, max=200)
+    args = [(torch.randn(n, 16).bfloat16(), w, torch.tensor([n // 3, n // 2, n], dtype=torch.int32),
+             torch.rand(n).bfloat16()) for n in (60, 33)]  # fmt: skip
+    dynamic = ({0: rows}, {}, {}, {0: rows})
+    assert agree(experts, *args[0], others=args[1:], dynamic=dynamic, most=2, wanted=wanted)
