@@ -14,8 +14,8 @@ from torchlathe.codegen import tuner as tuner_module
 from torchlathe.codegen import workshop as workshop_module
 from torchlathe.codegen.base import Region
 from torchlathe.codegen.select import select
-from torchlathe.codegen.triton.backend import TritonBackend
 from torchlathe.codegen.trial import Trial
+from torchlathe.codegen.triton.backend import TritonBackend
 from torchlathe.codegen.tuner import Tuner
 from torchlathe.codegen.workshop import Workshop
 from torchlathe.passes.capture import capture
