@@ -77,10 +77,10 @@ def select(
                     progress(f"region {number + 1} of {len(regions)}: {choice.kernel.name} by {choice.kernel.backend}")
             choice, results = _run(choice, region, target, values)
             choices.append(choice)
-            for position, (node, value) in enumerate(zip(region.outputs, results, strict=True)):
+            for node, value in zip(region.outputs, results, strict=True):
                 env[node] = value
                 _note_layouts_of(node, value)
-                _note_order_of(node, choice.kernel, position)
+            note_orders(region, choice.kernel, symbolic=True)
             for node in done:
                 env.pop(node, None)
     return choices
@@ -153,15 +153,21 @@ def _note_layouts(region: Region, values: Sequence[Any]) -> None:
         _note_layouts_of(node, value)
 
 
-def _note_order_of(node: fx.Node, kernel: Kernel, position: int) -> None:
-    """The same where sizes are symbolic: what a kernel says about the memory of its results."""
-    fake, order = node.meta.get("val"), kernel.destinations[position].order if kernel.destinations else None
-    if order is None or not isinstance(fake, torch.Tensor):
-        return
-    if not any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride())):
-        return
-    node.meta.setdefault("traced", fake)
-    node.meta["val"] = in_memory(fake, order)
+def note_orders(region: Region, kernel: Kernel, symbolic: bool = False) -> None:
+    """Correct the layouts that the graph claims to what a kernel says about the memory of its results.
+
+    Args:
+        symbolic: leave results of known sizes alone, whose values show how they lie.
+    """
+    for node, destination in zip(region.outputs, kernel.destinations or (), strict=False):
+        fake = node.meta["val"]
+        known = not any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride()))
+        if (symbolic and known) or (destination.order is None and not known):
+            continue
+        own = in_memory(fake, destination.order or tuple(range(fake.dim())))
+        if not known or own.stride() != fake.stride():
+            node.meta.setdefault("traced", fake)  # what the caller of the program may rely on
+            node.meta["val"] = own
 
 
 def _note_layouts_of(node: fx.Node, value: Any) -> None:

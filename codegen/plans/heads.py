@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 
+from ...targets.cost import is_free
 from ..base import Region, in_memory
 from .layout import Access, access_of, expression
 from .product import LINEAR, MATRIX
@@ -75,6 +76,8 @@ def plan_heads(region: Region, root: fx.Node, bias: fx.Node | None) -> Heads:
         raise Unsupported("heads of something else than a product of fixed width")
     if bias is not None and len(shape(bias)) != 1:
         raise Unsupported("heads of a product with an addend for each row")
+    if all(n is root or is_free(n) for n in region.nodes):
+        raise Unsupported("heads that are shown and not computed with")
     cuts = sorted(_cuts(region, root), key=lambda cut: cut.start)
     if [c.start for c in cuts] != [0, *(c.stop for c in cuts[:-1])] or cuts[-1].stop != shape(root)[-1]:
         raise Unsupported("heads that overlap or leave columns out")
