@@ -117,6 +117,8 @@ def _follow(program: Program, region: Region) -> None:
     for node in region.nodes:
         before = node.meta.get("val")
         if isinstance(before, torch.Tensor) and any("traced" in n.meta for n in node.all_input_nodes):
+            if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                node.target = torch.ops.aten.reshape.default  # which is what a view is called as
             program.infer(node)
             if node.meta["val"].stride() != before.stride():
                 node.meta.setdefault("traced", before)

@@ -16,6 +16,8 @@ from ..targets import cost
 from ..targets.target import Target
 from .base import Backend, Region
 
+PARTS = 16  # of one result that may be read apart and still be one kernel's
+
 
 def partition(program: Program, backends: Sequence[Backend], target: Target) -> list[Region]:
     """Regions in an order in which they can run; every call of the program is in exactly one.
@@ -63,19 +65,25 @@ class _Cut:
             if alone:
                 self.owner.update(dict.fromkeys(self.cluster[node], backend.name))
             for source in node.all_input_nodes:
-                known = self.cluster[source] if self.owner.get(source) == backend.name else self._taken(source, backend)
-                mine = known and self.cluster.get(source) is not self.cluster[node]
-                if mine and (alone or node not in self.owner or self.owner[node] == backend.name):
+                mine = self.cluster.get(source) is not self.cluster[node]
+                if not mine or not (alone or node not in self.owner or self.owner[node] == backend.name):
+                    continue
+                owned = self.owner.get(source) == backend.name
+                for known in [self.cluster[source]] if owned else self._taken(source, backend):
                     union = sorted({*known, *self.cluster[node]}, key=self.position.__getitem__)
                     if backend.supports(Region.of(union), target) is None and self._convex(union):
                         self.owner.update(dict.fromkeys([node, *known], backend.name))
                         self._regroup(union)
+                        break
 
-    def _taken(self, node: fx.Node, backend: Backend) -> list[fx.Node]:
-        """A lone node that the backend would take in with its consumer, and those before it."""
-        if node not in self.position or node in self.owner or not backend.absorbs(node):
-            return []
-        return [*self.cluster[node], *(n for source in node.all_input_nodes for n in self._taken(source, backend))]
+    def _taken(self, source: fx.Node, backend: Backend) -> list[list[fx.Node]]:
+        """Lone nodes in a row, of which a consumer reads the first, that it may take in: all of them, then fewer."""
+        row: list[fx.Node] = []
+        node: fx.Node | None = source
+        while node is not None and node in self.position and node not in self.owner and backend.absorbs(node):
+            row += self.cluster[node]
+            node = next((s for s in node.all_input_nodes if backend.absorbs(s)), None)
+        return [row[:k] for k in range(len(row), 0, -1)]
 
     def _regroup(self, *groups: list[fx.Node]) -> None:
         """Let these groups be the clusters of their members, which were in no other clusters than members are now."""
@@ -90,12 +98,13 @@ class _Cut:
         """Let a node take in clusters that read views of parts of its result, which no step of `claim` could reach."""
         for node in self.calls:
             parts = [user for user in node.users if user in self.position and cost.is_free(user)]
-            if self.owner.get(node) != backend.name or not parts or len(parts) < len(node.users):
+            if self.owner.get(node) != backend.name or not 0 < len(parts) <= PARTS or len(parts) < len(node.users):
                 continue  # the result itself is read, or returned
             if sum(map(_elements, parts)) > _elements(node):
                 continue  # what is read twice would be computed twice
             views = self._views_of(node)
-            for reader in [self.cluster[n] for v in views for n in (v, *v.users) if self.owner.get(n) == backend.name]:
+            readers = [self.cluster[n] for v in views for n in (v, *v.users) if self.owner.get(n) == backend.name]
+            for reader in {id(r): r for r in readers}.values():
                 if self.cluster[reader[0]] is not reader or reader is self.cluster[node]:  # it has just been taken in
                     continue
                 between, stack = set(parts), list(reader)
@@ -103,6 +112,8 @@ class _Cut:
                     new = [s for s in stack.pop().all_input_nodes if s in views and s not in between]
                     between.update(new)
                     stack += new
+                if any(self.cluster[n] not in ([n], reader, self.cluster[node]) for n in between):
+                    continue
                 union = sorted({*self.cluster[node], *between, *reader}, key=self.position.__getitem__)
                 if backend.supports(Region.of(union), target) is None and self._convex(union):
                     self.owner.update(dict.fromkeys(union, backend.name))

@@ -56,6 +56,7 @@ def hold(
     *,
     skip: Collection[str] = (),
     only: Collection[str] = (),
+    lasting: tuple[type[Exception], ...] = (),
     tell: Callable[[str], None] = lambda label: None,
 ) -> Trial:
     """Make, check and time every candidate; the fastest wins, a tie goes to eager.
@@ -65,9 +66,10 @@ def hold(
         budget: seconds of timing.
         skip: labels of candidates that are known to fail.
         only: labels of candidates to try; all, if this is empty or if none of them works here.
+        lasting: errors of a candidate that say nothing about it, and are raised; all others cost it alone.
         tell: called with the label of each candidate before it is made, and with "timing".
     """
-    kernels, refused = _candidates(region, backends, target, values, skip, only, tell)
+    kernels, refused = _candidates(region, backends, target, values, skip, only, lasting, tell)
     calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
     tell("timing")
     if len(calls) == 1:
@@ -119,7 +121,7 @@ def guess(region: Region, backends: Sequence[Backend], target: Target) -> tuple[
 
 def _candidates(
     region: Region, backends: Sequence[Backend], target: Target, values: Sequence[Any], skip: Collection[str],
-    only: Collection[str], tell: Callable[[str], None],
+    only: Collection[str], lasting: tuple[type[Exception], ...], tell: Callable[[str], None],
 ) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
     """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more."""
     referee = EagerBackend().lower(region, target, Schedule())
@@ -142,6 +144,8 @@ def _candidates(
                 kernel = backend.lower(region, target, schedule)
                 size, place = difference(run_kernel(kernel, values), wanted)
             except Exception as error:  # whatever a backend raises costs this candidate only
+                if isinstance(error, lasting):
+                    raise
                 if torch.cuda.is_initialized():
                     torch.cuda.synchronize()  # raises where it broke the device for all that come after it
                 refused[label] = (str(error).splitlines() or [type(error).__name__])[0]

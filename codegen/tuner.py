@@ -118,9 +118,11 @@ class Tuner:
                     trial = decode_trial(answer["trial"])
                     trial.refused |= skip
                     return trial
-                if answer["trying"] == "timing" and target.device == "cpu":
+                # a child that answers failed as a whole: on a GPU it may lack memory for a context and the values
+                alive = target.device == "cuda" and not answer.get("ended")
+                if answer["trying"] == "timing" and not alive:
                     return Trial(refused={**skip, "all": answer["failed"]})
-                if answer["trying"] in ("start", "timing"):  # on a GPU it may lack memory for a context and the values
+                if answer["trying"] == "start" or alive:
                     self.notes.append(f"tried in this process, since the child process failed: {answer['failed']}")
                     trial = hold(region, backends, target, values, self.each, skip=list(skip), only=only)
                     trial.refused |= skip

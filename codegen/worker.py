@@ -49,21 +49,27 @@ def _serve(request: Json, answer: Any) -> None:
         if request["target"]["device"] == "cuda":  # its driver maps more addresses than there is memory
             hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
             resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-        program, region, values, target = decode_request(request)
-        rivals, _ = backends(program, target, request["search"])
-        with torch.no_grad():
-            trial = hold(region, rivals, target, values, request["budget"], skip=request["skip"],
-                         only=request["only"], tell=lambda label: _begin(label, answer))  # fmt: skip
-        trial.library = _stored(trial)
-        answer({"trial": encode_trial(trial)})
-    except Exception as error:  # the parent falls back to eager for this region
+        answer({"trial": _tried(request, answer)})
+    except Exception as error:  # the parent falls back to eager for this region, or tries candidates itself
         if not _device_works():
             os._exit(1)  # the candidate that was tried last is to blame; the next child has a device again
         answer({"failed": f"{type(error).__name__}: {error}"})
     finally:
         signal.alarm(0)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()  # the parent needs what is left of the device's memory
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the parent needs what is left of the device's memory
+
+
+def _tried(request: Json, answer: Any) -> Json:
+    program, region, values, target = decode_request(request)
+    rivals, _ = backends(program, target, request["search"])
+    # the parent has memory that this process lacks: it tries again
+    lasting = (torch.OutOfMemoryError,) if target.device == "cuda" else ()
+    with torch.no_grad():
+        trial = hold(region, rivals, target, values, request["budget"], skip=request["skip"], only=request["only"],
+                     lasting=lasting, tell=lambda label: _begin(label, answer))  # fmt: skip
+    trial.library = _stored(trial)
+    return encode_trial(trial)
 
 
 def _device_works() -> bool:

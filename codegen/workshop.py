@@ -59,8 +59,8 @@ class Workshop:
                 self._child = None
 
     def ask(self, request: Json, patience: float) -> Json:
-        """The child's answer. Where it crashes or is silent for `patience` seconds, ``failed`` says how and ``trying``
-        with which candidate."""
+        """The child's answer. Where it crashes or is silent for `patience` seconds, ``failed`` says how, ``trying``
+        with which candidate, and ``ended`` is true."""
         with self._lock:
             if self._child is None or not self._child.alive:
                 if self._child is not None:
@@ -110,7 +110,7 @@ class _Child:
             self.end()
             raise
         self.end()
-        return {"failed": reason, "trying": trying}
+        return {"failed": reason, "trying": trying, "ended": True}
 
     def _line(self, patience: float) -> Json:
         limit = time.monotonic() + patience

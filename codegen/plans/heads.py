@@ -17,7 +17,7 @@ from ...targets.cost import is_free
 from ..base import Region, in_memory
 from .layout import Access, access_of, expression
 from .product import LINEAR, MATRIX
-from .rows import Output, reach, reason_against
+from .rows import Output, equal_shapes, reach, reason_against
 from .rules import name_of, read
 from .tail import Tail
 from .values import COLUMN, KINDS, Builder, Coordinate, Unsupported, Value, bound, same, shape
@@ -74,8 +74,8 @@ def plan_heads(region: Region, root: fx.Node, bias: fx.Node | None) -> Heads:
     """What follows the heads of a product. Raises Unsupported with the reason."""
     if name_of(root) not in (*LINEAR, *MATRIX) or not isinstance(shape(root)[-1], int):
         raise Unsupported("heads of something else than a product of fixed width")
-    if bias is not None and len(shape(bias)) != 1:
-        raise Unsupported("heads of a product with an addend for each row")
+    if bias is not None and not equal_shapes(shape(bias), shape(root)[-1:]):
+        raise Unsupported("heads of a product with another addend than one for each column")
     if all(n is root or is_free(n) for n in region.nodes):
         raise Unsupported("heads that are shown and not computed with")
     cuts = sorted(_cuts(region, root), key=lambda cut: cut.start)
@@ -100,18 +100,18 @@ def _cuts(region: Region, root: fx.Node) -> Iterator[_Cut]:
         start, stop, node = 0, shape(root)[-1], user
         if name_of(user) == "slice":
             given = bound(user)
-            start, stop = given["start"] or 0, min(given["end"] if given["end"] is not None else stop, stop)
-            if given["dim"] % len(shape(root)) != len(shape(root)) - 1 or given["step"] != 1 or start < 0 or stop < 0:
+            if given["dim"] % len(shape(root)) != len(shape(root)) - 1 or given["step"] != 1:
                 raise Unsupported("the product is read otherwise than by slices of its columns")
+            start, stop, _ = slice(given["start"], given["end"]).indices(stop)
             inner = list(user.users)
             if user not in region.outputs and len(inner) == 1:
                 (node,) = inner
         if node not in region.nodes:
             raise Unsupported("a part of the product is read outside")
         ends = [n for n in region.outputs if node in _before(region, n)]
-        if len(ends) != 1 or (name_of(node) not in VIEWS and ends != [node]):
+        if len(ends) != 1:
             raise Unsupported("a part of the product that does not lead to one output")
-        if name_of(node) in VIEWS and not _splits(root, node):
+        if not _splits(root, node) if name_of(node) in VIEWS else (name_of(node) != "slice" or ends != [user]):
             raise Unsupported("a part of the product is seen otherwise than by heads")
         yield _Cut(start, stop, node, ends[0])
 
@@ -148,12 +148,13 @@ def _read(region: Region, root: fx.Node, bias: fx.Node | None, cut: _Cut,
     if cut.output is cut.seen:
         return len(lead) if name_of(cut.seen) in VIEWS else None, halves
     members, why = _before(region, cut.output) - {root, cut.seen, *root.users}, ""
-    for node in members:
+    for node in [n for n in region.nodes if n in members]:
         if (reason := reason_against(node)) is not None:
             raise Unsupported(reason)
-    if len(shape(cut.output)) != len(lead) + 2:
-        raise Unsupported(f"the output {cut.output.name} does not show heads")
     for place in range(len(lead) + 1):
+        if not equal_shapes(shape(cut.output), (*lead[:place], build.space[0], *lead[place:], features)):
+            why = why or f"the output {cut.output.name} has another shape than its heads"
+            continue
         try:
             for h in halves:
                 h.result = read(build, members, memo, cut.output, _at(len(lead), place, h.start))

@@ -39,12 +39,13 @@ class Look:
 
     Attributes:
         source: what is read, a region input.
-        index: int32 or int64 tensor of entries, a region input; a negative one counts from the end.
+        index: int32 or int64 tensor of entries, a region input.
         own: the tensor's walk over the source, entries not counted.
         entries: its walk over the index; along the keys the step from one entry to the next.
         page: keys that share an entry.
         stride: elements of the source between two entries.
         count: entries of the source.
+        wraps: whether a negative entry counts from the end.
         nodes: what the region computes it by.
     """
 
@@ -55,6 +56,7 @@ class Look:
     page: sympy.Expr
     stride: sympy.Expr
     count: sympy.Expr
+    wraps: bool
     nodes: tuple[fx.Node, ...]
 
 
@@ -91,6 +93,8 @@ def look(region: Region, operand: fx.Node) -> Look:
         raise Unsupported("attention with other operators")
     source, dim, index = found
     tensor, table = dense(source), dense(index)
+    if tensor.dtype is not dense(operand).dtype:
+        raise Unsupported("attention over keys that are looked up in another dtype")
     kept = [(False, d) for d in range(tensor.dim())]
     dims: list[tuple[Atom, ...]] = [(a,) for a in (*kept[:dim], *((True, d) for d in range(table.dim())),
                                                    *kept[dim + 1 :])]  # fmt: skip
@@ -113,7 +117,8 @@ def look(region: Region, operand: fx.Node) -> Look:
     own = [_step(tensor, [a for a in d if not a[0]]) for d in (*lead, key[1:], feature)]
     entries = [_step(table, [a for a in d if a[0]]) for d in (*lead, key[:1], feature)]
     return Look(source, index, Walk(shape, tuple(own)), Walk(shape, tuple(entries)), page,
-                expression(tensor.stride(dim)), expression(tensor.shape[dim]), tuple(nodes))  # fmt: skip
+                expression(tensor.stride(dim)), expression(tensor.shape[dim]),
+                name_of(nodes[-1]) == "index", tuple(nodes))  # fmt: skip
 
 
 def _step(tensor: torch.Tensor, atoms: Sequence[Atom]) -> sympy.Expr:

@@ -220,7 +220,7 @@ class _Template:
         entry, place = f"{tensor}_entry", f"{long(number, p.tensors)} * {step}"
         return [
             f"{entry} = tl.load(t{found.position} + {bases[f'{tensor}_entry']} + {place}{guard}).to(tl.int64)",
-            f"{entry} = tl.where({entry} < 0, {entry} + {count}, {entry})",
+            *[f"{entry} = tl.where({entry} < 0, {entry} + {count}, {entry})"] * found.look.wraps,
             f"{tensor}_known = ({entry} >= 0) & ({entry} < {count})",
         ]
 

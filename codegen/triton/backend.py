@@ -209,7 +209,7 @@ class TritonBackend:
 
 def _of_tensors(region: Region) -> Region:
     """The region without inputs that are sizes, which kernels take from the shapes of tensors."""
-    inputs = tuple(n for n in region.inputs if not isinstance(n.meta.get("val"), (int, torch.SymInt)))
+    inputs = tuple(n for n in region.inputs if not _is_size(n))
     return region if inputs == region.inputs else replace(region, inputs=inputs)
 
 
@@ -217,8 +217,12 @@ def _without_sizes(call: Callable[..., None], region: Region) -> Callable[..., N
     """A call that takes sizes among the inputs as well, and leaves them out."""
     if _of_tensors(region) is region:
         return call
-    sizes = {k for k, n in enumerate(region.inputs) if isinstance(n.meta.get("val"), (int, torch.SymInt))}
+    sizes = {k for k, n in enumerate(region.inputs) if _is_size(n)}
     return lambda *values: call(*(v for k, v in enumerate(values) if k not in sizes))
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def _asm(made: list[Binary | None]) -> dict[str, str]:

@@ -21,8 +21,9 @@ from ..plans.layout import Access, contiguous
 from ..plans.product import GROUPED, LINEAR, MATRIX
 from ..plans.rules import name_of
 from ..plans.tail import Tail
-from .code import Code, Launch, Sizes, function, module, parts, power_of_two
+from .code import Code, Launch, Sizes, function, is_wide, module, parts, power_of_two
 from .product import Product, plan
+from .tiles import find_group, number_tiles
 from .writer import Place, Writer
 
 # rows, columns, depth of a tile, warps, stages; the likelier first
@@ -31,7 +32,6 @@ LARGE = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (64, 
 SMALL = ((16, 64, 128, 4, 4), (16, 128, 128, 4, 4), (16, 32, 256, 4, 4), (16, 128, 64, 8, 5), (16, 64, 256, 4, 3))
 FULL = ((64, 64, 32, 4, 3), (128, 64, 16, 8, 3), (64, 32, 32, 4, 3), (32, 32, 32, 4, 3))  # float32: no matrix units
 NAMES = ("rows", "columns", "depth", "warps", "stages", "splits", "tma", "programs")
-GROUP = 8  # tiles of rows that share columns while these are in the second cache level
 FEW_ROWS = 32
 SHARE = 1024  # elements of the result of one program where a product is finished
 
@@ -142,7 +142,7 @@ class MatmulLowering:
         static = all(e.is_Integer for e in (*p.extents, p.depth, p.width))
         if "tma" not in target.features or p.dtype is torch.float32 or not static or p.groups is not None:
             return (False,)
-        if (p.batch and p.heads is None) or len(p.extents) != p.batch + 2:
+        if (p.batch and (p.heads is None or is_wide(p.tail.tensors))) or len(p.extents) != p.batch + 2:
             return (False,)
         width = p.dtype.itemsize
         steps = [p.left.strides[p.batch], p.right_steps[0] if p.right_steps[1] == 1 else p.right_steps[1]]
@@ -210,7 +210,15 @@ class Template:
         return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
 
     def _writer(self) -> Writer:
-        return Writer(self.sizes, self.product.tail.tensors, self.product.tail.loads)
+        return Writer(self.sizes, [*self.product.tail.tensors, *self._scratch], self.product.tail.loads)
+
+    @property
+    def _scratch(self) -> list[torch.Tensor]:
+        """A tensor of the size of the scratch memory, if that is known: offsets into it may be wide as well."""
+        p = self.product
+        sizes = [*p.extents[:-1], p.width] + ([] if self.schedule.name == "library" else [self.schedule["splits"]])
+        static = all(sympy.sympify(s).is_Integer for s in sizes)
+        return [torch.empty([int(s) for s in sizes], device="meta")] if static else []
 
     def _main(self, splits: int) -> list[str]:
         p, w, s = self.product, self._writer(), self.schedule
@@ -222,11 +230,11 @@ class Template:
         if not programs:
             tile, split, batch = w.program(tiles, splits, batches)
             w.line(f"tile = {tile}")
-        _tiles(w, self.sizes.text(self._down(height)), columns, width)
+        number_tiles(w, self.sizes.text(self._down(height)), columns, width)
         outer = w.digits(w.long(batch), p.extents[: p.batch])
         first = f"tile_row * {height}"
         if p.groups is not None:
-            self._find_group(w, height)
+            find_group(w, p.groups, height)
             first = "first"
         w.line("row = " + w.long(f"({first} + tl.arange(0, {height}))[:, None]"))
         w.line("column = " + w.long(f"(tile_column * {width} + tl.arange(0, {width}))[None, :]"))
@@ -248,24 +256,6 @@ class Template:
         """Tiles below each other; of rows in groups, of which no tile has two, the most that there can be."""
         groups = self.product.groups
         return parts(self.product.rows, height) + (groups.count - 1 if groups is not None else 0)
-
-    def _find_group(self, w: Writer, height: int) -> None:
-        """The group of this tile, its first row and the row where the group ends; a tile without a group ends here."""
-        groups = self.product.groups
-        assert groups is not None
-        step, ends = self.sizes.text(groups.step), f"t{groups.ends}"
-        w.line(f"each = tl.arange(0, {power_of_two(groups.count)})")
-        w.line(f"ends = tl.load({ends} + each * {step}, mask=each < {groups.count}, other=0).to(tl.int32)")
-        before = f"(each > 0) & (each < {groups.count})"
-        w.line(f"begins = tl.load({ends} + (each - 1) * {step}, mask={before}, other=0).to(tl.int32)")
-        w.line(f"tiles = (tl.maximum(ends - begins, 0) + {height - 1}) // {height}")
-        w.line("after = tl.cumsum(tiles, 0)")
-        w.line("mine = (tile_row < after) & (tile_row >= after - tiles)")
-        w.line("own = tl.sum(tl.where(mine, each, 0), 0)")
-        w.line(f"first = tl.sum(tl.where(mine, begins + (tile_row - after + tiles) * {height}, 0), 0)")
-        w.line("last = tl.sum(tl.where(mine, ends, 0), 0)")
-        w.line("if last == 0:")
-        w.line("    return")
 
     @property
     def _parts(self) -> list[tuple[str, str]]:
@@ -388,13 +378,3 @@ class Template:
 def _lead(access: Access) -> Access:
     """The walk over the leading dimensions alone."""
     return Access(access.buffer, [*access.strides[:-1], sympy.Integer(0)], access.shift)
-
-
-def _tiles(w: Writer, down: str, columns: str, width: int) -> None:
-    """Number of the tile, in an order in which neighbours share operands."""
-    w.line(f"down = {down}")
-    w.line(f"over = tl.cdiv({columns}, {width})")
-    w.line(f"group = tile // ({GROUP} * over)")
-    w.line(f"high = tl.minimum(down - group * {GROUP}, {GROUP})")
-    w.line(f"tile_row = group * {GROUP} + tile % ({GROUP} * over) % high")
-    w.line(f"tile_column = tile % ({GROUP} * over) // high")

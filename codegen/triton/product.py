@@ -124,6 +124,8 @@ def _of_heads(region: Region, root: fx.Node, left: fx.Node, right: fx.Node, adde
     half, count = heads.features // 2, shape(root)[-1] // heads.features
     space = [expression(e) for e in (count, *shape(root)[:-1], half)]
     product = _with(root, left, right, heads.pieces[0].tail, walks, [p.tail for p in heads.pieces], space)
+    if len(heads.pieces) > 1 and product.batch == 0:
+        raise Unsupported("heads that share one weight")
     product.parts, product.library, product.heads = (0, half), True, heads
     product.width = sympy.Integer(heads.features)
     return product

@@ -12,9 +12,12 @@ from lowered import FLOATS, agree, alone
 from torch.export import Dim
 
 from torchlathe import targets
+from torchlathe.codegen.base import Schedule
 from torchlathe.codegen.lower import backends
 from torchlathe.codegen.partition import partition
 from torchlathe.codegen.triton.backend import TritonBackend
+from torchlathe.codegen.triton.matmul import NAMES, Template
+from torchlathe.codegen.triton.product import plan
 from torchlathe.passes.capture import capture
 
 Tensors = tuple[torch.Tensor, ...]
@@ -109,6 +112,66 @@ def test_what_is_read_otherwise_is_left_alone() -> None:
     region, _ = alone(attention_operands(4, 2, 16), values(2, 11, 4, 2, 16, torch.float32))  # results are returned
     reason = TritonBackend().supports(region, targets.get("nvidia-sm90"))
     assert reason is not None and "lies otherwise" in reason
+
+
+def refused(function: Callable[..., Any], *args: torch.Tensor) -> str:
+    """Why a function that is one region has no kernel."""
+    region, _ = alone(function, args)
+    for node in region.outputs:
+        node.meta["kept"] = False
+    reason = TritonBackend().supports(region, targets.get("nvidia-sm90"))
+    assert reason is not None
+    return reason
+
+
+def test_what_no_piece_is_is_refused() -> None:
+    """Each of these once had a kernel that gave wrong numbers or wrote where it must not."""
+    x, w, cos, sin = values(2, 11, 4, 2, 16, torch.float32)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+    def heads(y: torch.Tensor) -> torch.Tensor:
+        return y.view(2, 11, -1, 16).transpose(1, 2)
+
+    def with_more(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        y = F.linear(x, w)
+        return torch.sigmoid(y[..., 64:]), rotated(heads(y[..., :64]), cos, sin)
+
+    def fewer_rows(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotated(heads(F.linear(x, w)), cos, sin)[:, :, :5]
+
+    def longer(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        y = rotated(heads(F.linear(x, w)), cos, sin)
+        return torch.cat((y, cos.expand_as(y)), -1)
+
+    def one_bias(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotated(torch.addmm(cos[0, 0, 0, :1], x, w).view(11, 8, 16).transpose(0, 1), cos[0], sin[0])
+
+    assert "by heads" in refused(with_more, x, w, cos, sin)
+    for function in (fewer_rows, longer):
+        assert refused(function, x, w, cos, sin)
+    assert refused(one_bias, x[0], w.t().contiguous(), cos, sin)
+    assert "share one weight" in refused(attention_operands(4, 2, 16), x, w[:1].expand(128, 40), cos[:, 0], sin[:, 0])
+    assert "not computed with" in refused(lambda x, w: heads(F.linear(x, w)), x, w)
+
+
+def test_parts_that_are_counted_from_the_end() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Any:
+        y = F.linear(x, w)
+        q = y[..., -64:].view(2, 11, 4, 16).transpose(1, 2)
+        return y[..., :-64], rotated(q, cos.unsqueeze(1), sin.unsqueeze(1))
+
+    assert agree(function, *values(2, 11, 4, 2, 16, torch.float32), most=2, kept=False)
+
+
+def test_scratch_memory_beyond_31_bits() -> None:
+    """A split depth needs room for several results, which may be too large for 32 bits where one is not."""
+    x, w = (torch.randn(1, device="meta").expand(s) for s in ((2**21, 4096), (128, 4096)))
+    region, _ = alone(lambda x, w: F.relu(F.linear(x, w)), (x.contiguous(), w.contiguous()))
+    product = plan(region)
+    for splits, wide in ((1, False), (8, True)):
+        names = dict(zip(NAMES, (64, 64, 64, 4, 3, splits, False, 0), strict=True))
+        text = Template(product, "wide", Schedule("matmul", tuple(names.items()))).code().text
+        assert ("area" in text and "to(tl.int64)" in text.partition("_sum(")[2]) is wide
 
 
 class Block(torch.nn.Module):

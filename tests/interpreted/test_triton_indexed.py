@@ -11,6 +11,7 @@ from lowered import FLOATS, agree, alone, flat
 from torch.export import Dim
 
 from torchlathe import targets
+from torchlathe.codegen.base import Region
 from torchlathe.codegen.partition import partition
 from torchlathe.codegen.trial import run_kernel
 from torchlathe.codegen.triton.backend import TritonBackend
@@ -108,3 +109,49 @@ def test_an_index_that_is_split_is_left_alone() -> None:
     args = torch.randn(3, 20, 16), torch.randn(99, 16), torch.randn(3, 30, 16), torch.randint(99, (90,))
     region, _ = alone(split, args)
     assert flat(split(*args)) and "split" in (TritonBackend().supports(region, targets.get("nvidia-sm90")) or "")
+
+
+def test_a_look_up_by_what_is_itself_looked_up() -> None:
+    """The table's own look-up stays an operator; the pool's is the kernel's."""
+
+    class Slots(torch.nn.Module):
+        def forward(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tables: torch.Tensor,
+                    slots: torch.Tensor) -> torch.Tensor:  # fmt: skip
+            return paged(q, keys, values, tables[slots])
+
+    q, keys, values, table = pages(torch.float32)
+    program, target = (
+        capture(Slots().eval(), (q, keys, values, table, torch.tensor([1, 0]))),
+        targets.get("nvidia-sm90"),
+    )
+    *_, region = partition(program, [TritonBackend(program)], target)
+    assert sum("index" in str(n.target) for n in region.nodes) == 2
+
+
+def test_a_pool_of_another_dtype_is_left_alone() -> None:
+    class Bits(torch.nn.Module):
+        def forward(self, q: torch.Tensor, pool: torch.Tensor, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            return sdpa(q, pool[rows].view(torch.float16), v)
+
+    args = torch.randn(3, 20, 16).half(), torch.randn(99, 16).bfloat16(), torch.randn(3, 30, 16).half()
+    program, target = capture(Bits().eval(), (*args, torch.randint(99, (3, 30)))), targets.get("nvidia-sm90")
+    backend = TritonBackend(program)
+    *_, region = partition(program, [backend], target)
+    assert len(region.nodes) == 1
+    whole = Region.of(n for n in program.graph.nodes if n.op == "call_function")
+    assert "another dtype" in (backend.supports(whole, target) or "")
+
+
+def test_index_select_does_not_count_from_the_end() -> None:
+    """Eager raises for a negative entry of `index_select`: a kernel gives NaN."""
+
+    def ring(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        return sdpa(q, keys.index_select(1, places), values)
+
+    args = torch.randn(2, 20, 16), torch.randn(2, 64, 16), torch.randn(2, 30, 16), torch.arange(30)
+    region, order = alone(ring, args)
+    backend, row = TritonBackend(), targets.get("nvidia-sm90")
+    kernel = backend.lower(region, row, next(iter(backend.space(region, row))))
+    values = *args[:3], args[3] - 1
+    (ours,) = run_kernel(kernel, [values[k] for k in order])
+    assert ours.isnan().all()
