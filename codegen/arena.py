@@ -1,10 +1,11 @@
 """The arena: one block of memory for all intermediate results that our kernels write, planned at compile time.
 
 A fresh allocation of a large result costs page faults, often more than computing it. Here every result of static size
-gets an offset in one block, so that results alive at the same time never overlap; results that the caller may keep are
-allocated anew in each call. Offsets are given largest first at the lowest place that is free for a result's lifetime
-(greedy by size: Pisarchyk and Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020). `verify` checks
-a plan by replaying it, and shares no code with `plan`.
+gets an offset in one block, so that results alive at the same time never overlap, save that a kernel may write a sum
+where a residual lies that nothing reads after it; results that the caller may keep are allocated anew in each call.
+Offsets are given largest first at the lowest place that is free for a result's lifetime (greedy by size: Pisarchyk and
+Lee, "Efficient Memory Management for Deep Neural Net Inference", 2020). `verify` checks a plan by replaying it, and
+shares no code with `plan`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import fx
 from ..passes.nodes import may_share
 from ..passes.program import Program
 from ..targets.cost import is_free
-from .base import Destination, Region
+from .base import Destination
 from .pages import on_large_pages
 from .select import Choice
 from .source import READS_LAYOUT, fast_callable
@@ -41,6 +42,7 @@ class Slot:
         first: step that writes it.
         last: last step that reads it or a view of it.
         offset: where it begins in the arena, in bytes.
+        over: the result in whose place it is written.
     """
 
     node: fx.Node
@@ -49,6 +51,7 @@ class Slot:
     first: int
     last: int
     offset: int = 0
+    over: Slot | None = None
 
 
 def plan(program: Program, choices: Sequence[Choice]) -> list[Slot]:
@@ -65,11 +68,29 @@ def plan(program: Program, choices: Sequence[Choice]) -> list[Slot]:
         for node, d in zip(choice.region.outputs, choice.kernel.destinations or (), strict=False):
             if node not in kept and all(isinstance(e, int) for e in d.shape):
                 slots.append(Slot(node, d, _rounded(d.bytes), step, last.get(node, step)))
+    _put_over(slots, choices)
+    ends = {s.over.node: s for s in slots if s.over is not None}
     placed: list[Slot] = []
-    for slot in sorted(slots, key=lambda s: (-s.size, s.first)):
-        slot.offset = _lowest(slot, placed)
-        placed.append(slot)
+    for slot in sorted((s for s in slots if s.over is None), key=lambda s: (-s.size, s.first)):
+        chain = [slot]
+        while chain[-1].node in ends:
+            chain.append(ends[chain[-1].node])
+        whole = replace(slot, last=chain[-1].last)
+        whole.offset = _lowest(whole, placed)
+        placed.append(whole)
+        for member in chain:
+            member.offset = whole.offset
     return slots
+
+
+def _put_over(slots: Sequence[Slot], choices: Sequence[Choice]) -> None:
+    """Let results be written in the place of inputs that their kernels may replace and nothing reads after them."""
+    known = {s.node: s for s in slots}
+    for step, choice in enumerate(choices):
+        for read, written in choice.kernel.replaces:
+            before, after = (known.get(n) for n in (choice.region.inputs[read], choice.region.outputs[written]))
+            if before is not None and after is not None and before.last == step and before.size == after.size:
+                after.over = before
 
 
 def _rounded(size: int) -> int:
@@ -101,14 +122,16 @@ def _origins(choices: Sequence[Choice]) -> dict[fx.Node, frozenset[fx.Node]]:
     return found
 
 
-def verify(slots: Sequence[Slot], regions: Sequence[Region]) -> int:
+def verify(slots: Sequence[Slot], choices: Sequence[Choice]) -> int:
     """Replay the steps and check that no result is overwritten while it is needed; the size of the arena in bytes.
+
+    A step may overwrite what it reads for the last time, if its kernel says that it can.
 
     Raises:
         AssertionError: two results overlap in memory and time, or a slot is too small or unaligned.
     """
     live: list[Slot] = []
-    for step in range(len(regions)):
+    for step in range(len(choices)):
         live = [s for s in live if s.last >= step]
         for slot in (s for s in slots if s.first == step):
             values = slot.destination.dtype.itemsize
@@ -120,9 +143,16 @@ def verify(slots: Sequence[Slot], regions: Sequence[Region]) -> int:
             end = slot.offset + slot.size
             for other in live:
                 apart = end <= other.offset or other.offset + other.size <= slot.offset
-                assert apart, f"{slot.node} overwrites {other.node}"
+                assert apart or (other.last == step and _may_replace(choices[step], other, slot)), (
+                    f"{slot.node} overwrites {other.node}"
+                )
             live.append(slot)
     return max((s.offset + s.size for s in slots), default=0)
+
+
+def _may_replace(choice: Choice, old: Slot, new: Slot) -> bool:
+    pairs = [(choice.region.inputs[i], choice.region.outputs[o]) for i, o in choice.kernel.replaces]
+    return (old.node, new.node) in pairs and (old.offset, old.size) == (new.offset, new.size)
 
 
 class Arenas:

@@ -161,6 +161,7 @@ class Kernel:
         bytes: bytes read and written by one call.
         asm: generated code by its kind.
         spills: bytes of registers that spill to memory in each thread.
+        replaces: (input, output) pairs: the output may be written where the input lies, which is then gone.
     """
 
     name: str
@@ -177,6 +178,7 @@ class Kernel:
     bytes: int = 0
     asm: Mapping[str, str] = field(default_factory=dict)
     spills: int = 0
+    replaces: tuple[tuple[int, int], ...] = ()
 
 
 class Backend(Protocol):

@@ -268,7 +268,7 @@ def _assemble(program: Program, choices: Sequence[Choice], device: torch.device,
     weights.begin(program, names)
     slots = plan(program, choices)
     if slots:
-        verify(slots, [c.region for c in choices])
+        verify(slots, choices)
         arenas = Arenas(slots, views_of(slots, choices, device), device)
         block = {node: f"b{k}" for k, node in enumerate([*(s.node for s in slots), *arenas.views])}
         source.lines.append(f"block = {source.bind(arenas.take, 'take')}()")

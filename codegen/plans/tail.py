@@ -113,6 +113,24 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
     return Tail(tensors, outputs, loads, results)
 
 
+def replaceable(tail: Tail, busy: Collection[int]) -> tuple[tuple[int, int], ...]:
+    """Inputs in whose place the output may be written: each element is read once, to compute the one in its place.
+
+    Args:
+        busy: parameters that are read otherwise.
+    """
+    if len(tail.outputs) != 1 or len(tail.results) != 1:
+        return ()
+    (output,) = tail.outputs
+    made = tail.tensors[output.access.buffer]
+    for access in tail.loads.values():
+        readers = sum(other.buffer == access.buffer for other in tail.loads.values())
+        same = access.strides == output.access.strides and access.shift == output.access.shift
+        if same and readers == 1 and access.buffer not in busy and tail.tensors[access.buffer].dtype is made.dtype:
+            return ((access.buffer, 0),)
+    return ()
+
+
 def coordinates(build: Builder, order: tuple[int, ...] | None) -> tuple[Coordinate, ...]:
     """The coordinates of the space itself, for a tensor whose dimensions are in this order in the space."""
     own = build.identity()

@@ -143,7 +143,7 @@ class TvmBackend:
         return Kernel(
             name, self.name, entry, buffers, constants=constants, source=source,
             library=module.export_library, schedule=schedule, flops=plan.flops, outputs=len(region.outputs),
-            bytes=sum(_bytes(t) for t in plan.tensors),
+            bytes=sum(_bytes(t) for t in plan.tensors), replaces=getattr(plan, "replaces", ()),
         )  # fmt: skip
 
     def _key(self, region: Region, schedule: Schedule, target: Target) -> tuple[str, str]:

@@ -23,6 +23,7 @@ from ..base import Region, Schedule
 from ..plans.conv import CONVOLUTIONS, order_of
 from ..plans.product import LINEAR, MATRIX
 from ..plans.rules import name_of
+from ..plans.tail import replaceable
 from ..plans.values import Unsupported
 from . import conv_plan
 from .depthwise import Depthwise, DepthwiseLowering
@@ -85,6 +86,13 @@ class MatmulLowering:
     def tensors(self) -> list[torch.Tensor]:
         """Fake tensors of the parameters."""
         return self.product.tensors
+
+    @property
+    def replaces(self) -> tuple[tuple[int, int], ...]:
+        """A residual may be overwritten by the sum: no tile is computed twice, and each reads its own elements only."""
+        p = self.product
+        border = [p.border.source.buffer] if p.border is not None else []
+        return replaceable(p.tail, [p.left.buffer, p.right.buffer, *border])
 
     @property
     def flops(self) -> int:

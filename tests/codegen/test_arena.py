@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("tvm")
 from torchlathe import targets
 from torchlathe.codegen import arena
 from torchlathe.codegen.arena import ALIGNMENT, Arenas, Slot, plan, verify
-from torchlathe.codegen.base import Destination, Region
+from torchlathe.codegen.base import Destination
 from torchlathe.codegen.executable import Executable
 from torchlathe.codegen.lower import lower
 from torchlathe.codegen.tuner import Tuner
@@ -66,7 +67,7 @@ def test_slots_are_reused_and_smaller_than_all_results_together() -> None:
     model = torch.nn.Sequential(*(m for _ in range(8) for m in (torch.nn.Linear(64, 64), torch.nn.LayerNorm(64))))
     run = compiled(model, (torch.randn(32, 64),))
     slots = plan(run.program, run.choices)
-    size = verify(slots, [c.region for c in run.choices])
+    size = verify(slots, run.choices)
     assert len(slots) == 15 and size == 2 * 32 * 64 * 4  # only two results live at a time
 
 
@@ -131,6 +132,46 @@ def test_blocks_are_aligned_and_shaped() -> None:
     assert arenas.take()[0] is a
 
 
+STEP: Any = SimpleNamespace(region=None, kernel=SimpleNamespace(replaces=()))
+
+
+class Stream(torch.nn.Module):
+    """Sums on a residual stream; `late` reads the first of them again at the end, `own` feeds a layer its residual."""
+
+    def __init__(self, late: bool = False, own: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.late, self.own = late, own
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(40, 40) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = y = torch.tanh(self.layers[0](x))
+        for layer in self.layers[1:4]:
+            y = y + layer(y if self.own else F.layer_norm(y, (40,)))
+        return self.layers[4](y + first if self.late else y)
+
+
+@pytest.mark.parametrize(("options", "replaced"), [({}, 3), ({"late": True}, 2), ({"own": True}, 0)])
+def test_a_sum_is_written_where_its_residual_lies(options: dict[str, bool], replaced: int) -> None:
+    model, x = Stream(**options), torch.randn(37, 40)
+    run = compiled(model, (x,))
+    slots = plan(run.program, run.choices)
+    assert sum(s.over is not None for s in slots) == replaced
+    assert all(s.over is None or s.over.offset == s.offset for s in slots)
+    for _ in range(2):
+        torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_verifier_sees_what_no_kernel_allows() -> None:
+    model, x = Stream(), torch.randn(37, 40)
+    run = compiled(model, (x,))
+    slots = plan(run.program, run.choices)
+    over = next(s for s in slots if s.over is not None)
+    run.choices[over.first].kernel.replaces = ()
+    with pytest.raises(AssertionError, match="overwrites"):
+        verify(slots, run.choices)
+
+
 def slot(first: int, last: int, size: int, offset: int) -> Slot:
     node: Any = f"{first}-{last}"
     return Slot(node, Destination((size,), torch.uint8), size, first, last, offset)
@@ -138,7 +179,7 @@ def slot(first: int, last: int, size: int, offset: int) -> Slot:
 
 @pytest.mark.parametrize("other", [slot(1, 3, 128, 64), slot(2, 2, 64, 0), slot(0, 5, 64, 32)])
 def test_the_verifier_sees_overlaps(other: Slot) -> None:
-    steps: list[Region] = [None] * 6  # type: ignore[list-item]
+    steps = [STEP] * 6
     assert verify([slot(0, 2, 128, 0), slot(3, 4, 128, 0)], steps) == 128
     with pytest.raises(AssertionError):
         verify([slot(0, 2, 128, 0), other], steps)
@@ -152,7 +193,7 @@ def test_every_plan_passes_the_verifier(lives: list[tuple[int, int, int]]) -> No
     for s in sorted(slots, key=lambda s: (-s.size, s.first)):
         s.offset = arena._lowest(s, placed)
         placed.append(s)
-    size = verify(slots, [None] * 20)  # type: ignore[list-item]
+    size = verify(slots, [STEP] * 20)
     alive = max(sum(s.size for s in slots if s.first <= t <= s.last) for t in range(20))
     assert alive <= size <= sum(s.size for s in slots)
 
