@@ -41,6 +41,7 @@ class Form:
     panels: int
     parallel: bool
     parts: int = 1
+    depth: int = 0
 
     @property
     def width(self) -> int:
@@ -99,6 +100,9 @@ class _Emitter:
     rows: Any = None
     digits: list[Any] = field(default_factory=list)  # of the batch, in the current task
     scratch: Any = None  # the panel packed by the current task
+    sums: Any = None  # of the current task, between blocks of the depth
+    chunk: Any = None  # number of the current block of the depth
+    corner: Any = None  # first row and panel of the current task
     left: Any = None  # flat view of the left operand, or of its copy with a border
 
     def statements(self) -> list[Any]:
@@ -138,6 +142,10 @@ class _Emitter:
         ends = tirx.EQ(block, blocks - integer(1))
         panel, low = tirx.Var("panel", "int64"), b.let(group * integer(form.panels))
         high = b.let(tirx.min(low + integer(form.panels), integer(whole)))
+        if form.depth:
+            area = form.tiles * form.rows * form.panels * form.width
+            self.sums = tirx.decl_buffer((area,), "float32", "sums", data_alignment=64)
+            self.chunk, self.corner = tirx.Var("chunk", "int64"), (b.let(first * integer(form.rows)), low)
 
         def rows(number: Any, valid: int) -> list[Any]:
             tile = tirx.Var("tile", "int64")
@@ -154,7 +162,14 @@ class _Emitter:
             alone = sequence(rows(integer(whole), last))
             final = tirx.EQ(group, integer(self._groups - 1))
             found.append(alone if self._groups == 1 else tirx.IfThenElse(final, alone, None))
+        if form.depth:
+            return [tirx.AllocBuffer(self.sums), serial(self.chunk, integer(self._chunks), found)]
         return found
+
+    @property
+    def _chunks(self) -> int:
+        """Blocks of the depth."""
+        return self.product.depth // self.form.depth if self.form.depth else 1
 
     def _rest(self, start: Any, panel: Any, valid: int) -> list[Any]:
         """Rows after the last whole tile: one lower tile, or tiles of halving heights where the count is not static."""
@@ -238,7 +253,7 @@ class _Emitter:
         column, taps = b.let(panel * integer(form.own)), [tirx.Var(f"tap{d}", "int64") for d in range(len(p.window))]
         number, rest, vector, initial = self._operands(left, panel, taps)
         start = tile.start(initial if p.dot.shifted else None)
-        whole, left_over = divmod(p.depth, p.dot.group)
+        whole, left_over = divmod(form.depth or p.depth, p.dot.group)
         ahead = partial(self._ahead, b, panel, first, self._tap(taps))
         if p.levels is not None and self.scratch is None:
             parts = [self._each_input(panel, lambda k, own: tile.step(number, lambda b, v, _: own(b, v), k))]
@@ -248,8 +263,25 @@ class _Emitter:
         body = sequence(parts)
         for tap, (count, _) in zip(reversed(taps), reversed(p.window), strict=True):
             body = serial(tap, integer(count), [body])
-        loop = [*start, body]
-        return [*b.statements, *loop, *self._stores(tile, first, walks, column, valid)]
+        stores = self._stores(tile, first, walks, column, valid)
+        if form.depth:
+            held, kept = self._between(tile, first, panel)
+            start.append(tirx.IfThenElse(self.chunk > integer(0), sequence(held), None))
+            last = tirx.EQ(self.chunk, integer(self._chunks - 1))
+            stores = [tirx.IfThenElse(last, sequence(stores), sequence(kept))]
+        return [*b.statements, *start, body, *stores]
+
+    def _between(self, tile: Tile, first: Any, panel: Any) -> tuple[list[Any], list[Any]]:
+        """Statements that take the sums of a tile from where the last block of the depth left them, and leave them."""
+        form, held, kept = self.form, Block(self.form.lanes), Block(self.form.lanes)
+        line = integer(form.panels * form.width)
+        base = (first - self.corner[0]) * line + (panel - self.corner[1]) * integer(form.width)
+        for row in range(tile.rows):
+            for v in range(tile.vectors):
+                place = base + integer(row) * line + integer(v * form.lanes)
+                held.statements.append(tile.put(row, v, take(held, self.sums, place)))
+                put(kept, self.sums, place, tile.value(row, v))
+        return held.statements, kept.statements
 
     def _operands(self, left: list[Any], panel: Any, taps: list[Any]) -> tuple[Any, Any, Any, Any]:
         """What the inner loop reads: numbers of a step, of an incomplete last step, vectors, and where sums start."""
@@ -259,6 +291,9 @@ class _Emitter:
         for tap, (_, stride) in zip(taps, p.window, strict=True):
             shift = shift + tap * self.sizes.tir(stride)
         first = panel * integer(p.taps * steps * width) + self._tap(taps) * integer(steps * width)
+        if self.form.depth:
+            done = self.chunk * integer(self.form.depth)
+            first, shift = first + done * integer(width), shift + done * step
 
         def number(one: Block, row: int, k: Any) -> Any:
             return self._number(one, left[row] + shift, k, step, p.dot.group)
@@ -290,11 +325,14 @@ class _Emitter:
         p, form = self.product, self.form
         if not p.packed or self.scratch is not None:
             return []
-        lines = p.taps * p.steps * form.width * p.dot.stored.itemsize * p.dot.group // LINE
+        own = form.depth or p.taps * p.steps
+        lines = own * form.width * p.dot.stored.itemsize * p.dot.group // LINE
         per = LINE // 4 if p.dot.group > 1 else LINE // p.dot.stored.itemsize
-        tile, steps = tirx.floordiv(first, integer(form.rows)), integer(p.depth // p.dot.group)
+        tile, steps = tirx.floordiv(first, integer(form.rows)), integer((form.depth or p.depth) // p.dot.group)
+        tile = tile - tirx.floordiv(self.corner[0], integer(form.rows)) if form.depth else tile
         number = tirx.min((tile * integer(p.taps) + tap) * steps + k, integer(lines - 1))
-        at = (panel + integer(1)) * integer(lines * per) + number * integer(per)
+        at = (panel + integer(1)) * integer(lines * per * self._chunks) + number * integer(per)
+        at = at + self.chunk * integer(lines * per) if form.depth else at
         return [prefetch(self.memory.views[self.packed], at)]
 
     def _number(self, one: Block, where: Any, k: Any, step: Any, count: int) -> Any:

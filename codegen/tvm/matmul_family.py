@@ -27,16 +27,17 @@ from ..plans.tail import replaceable
 from ..plans.values import Unsupported
 from . import conv_plan
 from .depthwise import Depthwise, DepthwiseLowering
-from .dots import pack, pack_levels, start_of
+from .dots import PLAIN, pack, pack_levels, start_of
 from .matmul import Form, function
 from .product import Product, plan
 from .row_family import lanes_of
 
 TILES = ((6, 4), (9, 3), (8, 3), (13, 2), (12, 2))  # rows x vectors: 24 to 27 accumulators of 32 vector registers
 SMALL_TILES = ((6, 2), (4, 3), (4, 2))  # 8 to 12 accumulators of 16 vector registers
-MOST = ((1, 9), (4_000_000, 1), (40_000_000, 3), (math.inf, 9))  # schedules by floating point operations; 0: unknown
+MOST = ((1, 12), (4_000_000, 1), (40_000_000, 3), (math.inf, 12))  # schedules by floating point operations; 0: unknown
 BLOCK_COLUMNS = 192  # of one task when rows are cut into blocks
 SHARES = 4  # tasks of a core, so that a core that is slow for a while can be helped
+BLOCKED_FROM = 128  # rows from which on the depth may be cut into blocks
 SERIAL_BELOW = 400_000  # floating point operations that are not worth a launch on several threads
 
 
@@ -110,19 +111,22 @@ class MatmulLowering:
             vectors = min(max(1, vectors // parts), -(-product.columns // lanes_of(target))) * parts
             height = max(1, min(height, _budget(target) // vectors))
             panels = -(-product.columns * parts // (vectors * lanes_of(target)))
-            for tiles, group in _cuts(product, height, panels, target):
-                key = (height, vectors, tiles, group)
+            whole = _cuts(product, height, panels, target)
+            blocks = _blocks(product, height, panels, vectors * lanes_of(target), target)
+            for tiles, group, depth in (*((*cut, 0) for cut in whole), *blocks):
+                key = (height, vectors, tiles, group, depth)
                 if key not in seen:
                     seen.add(key)
-                    names = ("rows", "vectors", "tiles", "panels")
+                    names = ("rows", "vectors", "tiles", "panels", "depth")
                     yield Schedule("matmul", tuple(zip(names, key, strict=True)))
 
     def function(self, name: str, schedule: Schedule, target: Target) -> Any:
         """The PrimFunc."""
         flops = self.product.flops
         threaded = target.cores > 1 and (flops is None or flops >= SERIAL_BELOW)
-        rows, vectors, tiles, panels = (int(schedule[k]) for k in ("rows", "vectors", "tiles", "panels"))
-        form = Form(lanes_of(target), rows, vectors, tiles, panels, threaded, len(self.product.parts))
+        names = ("rows", "vectors", "tiles", "panels", "depth")
+        rows, vectors, tiles, panels, depth = (int(schedule[k]) for k in names)
+        form = Form(lanes_of(target), rows, vectors, tiles, panels, threaded, len(self.product.parts), depth)
         return function(self.product, name, form)
 
     def constants(self, schedule: Schedule, target: Target) -> tuple[torch.Tensor, ...]:
@@ -192,3 +196,25 @@ def _cuts(product: Product, height: int, panels: int, target: Target) -> Iterabl
         rounds = -(-rounds // cores) * cores  # as many blocks for each core
         width = -(-product.columns // panels)
         yield -(-tiles // rounds), max(1, min(panels, BLOCK_COLUMNS // width))
+
+
+def _blocks(product: Product, height: int, panels: int, width: int,
+            target: Target) -> Iterable[tuple[int, int, int]]:  # fmt: skip
+    """(tiles of a task, panels of a task, block of the depth) where a whole panel does not fit the first cache.
+
+    The part of a panel fits most of that, and rows and sums of a task half of the second one.
+    """
+    most, rows = target.caches[0] * 4 // 5 // (4 * width), product.rows
+    plain = product.packed and product.dot is PLAIN and product.levels is None and product.taps == 1
+    if not plain or product.batch or product.depth <= 1.5 * most or (rows is not None and rows < BLOCKED_FROM):
+        return
+    depth = next((d for d in range(most, most // 3, -1) if product.depth % d == 0), 0)
+    if not depth:
+        return
+    cache = (target.caches[1] if len(target.caches) > 1 else 1 << 20) // 2
+    group = max(1, min(panels, BLOCK_COLUMNS // width))
+    tiles = max(1, cache // (4 * height * (depth + group * width)))
+    if rows is not None:
+        rounds = -(-rows // (height * tiles))
+        tiles = -(-rows // (height * -(-rounds // target.cores) * target.cores))
+    yield tiles, group, depth

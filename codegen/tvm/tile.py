@@ -64,12 +64,16 @@ class Tile:
             factor = b.let(b.spread(value))
             for v in range(self.vectors):
                 total = multiply_add(self.dot, b, self.value(row, v), factor, loaded[v])
-                b.statements.append(assign(self._at(row, v), total))
+                b.statements.append(self.put(row, v, total))
         return b.statements
 
     def value(self, row: int, vector: int) -> Any:
         """One accumulator."""
         return read(self._at(row, vector))
+
+    def put(self, row: int, vector: int, value: Any) -> Any:
+        """The statement that sets one accumulator."""
+        return assign(self._at(row, vector), value)
 
     def _at(self, row: int, vector: int) -> Any:
         return self.registers[row * self.vectors + vector]

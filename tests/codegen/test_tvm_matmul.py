@@ -93,6 +93,40 @@ def test_blocks_of_rows_and_columns_cover_everything(bits: int, monkeypatch: pyt
     assert count >= 4  # several tiles, each with several cuts
 
 
+@pytest.mark.parametrize("bits", [128, 256])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(131, 33, 1152), (150, 70, 1536), (257, 96, 3072)])
+def test_blocks_of_the_depth(bits: int, rows: int, columns: int, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A panel that does not fit the first cache is used part by part; sums wait in memory, and the tail comes once."""
+    monkeypatch.setattr(matmul_family, "MOST", ((float("inf"), 99),))
+    torch.manual_seed(0)
+    w, b = torch.randn(columns, depth) / depth**0.5, torch.randn(columns)
+    x, y = torch.randn(rows, depth), torch.randn(rows, columns)
+    function = lambda s, x, y: F.gelu(F.linear(x, s.w, s.b)) + y  # noqa: E731
+    program, region = prepared(Net(function, w=w, b=b), (x, y))
+    depths = [int(s["depth"]) for s in TvmBackend(program).space(region, TARGETS[bits])]
+    assert any(depths) and not all(depths) and all(d == 0 or depth % d == 0 for d in depths)
+    check(function, x, y, bits=bits, w=w, b=b)
+
+
+def test_blocks_of_the_depth_with_a_gate_and_rows_known_at_run_time() -> None:
+    torch.manual_seed(0)
+    w = torch.randn(2 * 40, 1024) / 32
+    net = Net(lambda s, x: (lambda y: F.silu(y[:, :40]) * y[:, 40:])(F.linear(x, s.w)), w=w)
+    args = torch.randn(140, 1024), torch.randn(300, 1024)
+    program, _ = prepared(net, args[:1], (({0: Dim("rows", min=2, max=999)},),))
+    calls = (n for n in program.graph.nodes if n.op == "call_function" and not op_name(n).startswith("sym_size"))
+    region = Region.of(calls)
+    backend, target = TvmBackend(program), TARGETS[256]
+    blocked = [s for s in backend.space(region, target) if s["depth"]]
+    assert blocked
+    for schedule in blocked:
+        kernel = backend.lower(region, target, schedule)
+        for x in args:
+            (ours,) = run_kernel(kernel, inputs_of(program, region, (x,)))
+            torch.testing.assert_close(ours.double(), net.double()(x.double()), rtol=1e-4, atol=1e-5)
+            net.float()
+
+
 def test_tail_is_fused() -> None:
     residual, scale = torch.randn(2, 19, 41), torch.randn(41)
     check(lambda s, x, r: r + F.gelu(F.linear(x, s.w, s.b)) * s.g, torch.randn(2, 19, 30), residual,
