@@ -68,7 +68,7 @@ def plan(program: Program, choices: Sequence[Choice]) -> list[Slot]:
         for node, d in zip(choice.region.outputs, choice.kernel.destinations or (), strict=False):
             if node not in kept and all(isinstance(e, int) for e in d.shape):
                 slots.append(Slot(node, d, _rounded(d.bytes), step, last.get(node, step)))
-    _put_over(slots, choices)
+    _put_over(slots, choices, origins)
     ends = {s.over.node: s for s in slots if s.over is not None}
     placed: list[Slot] = []
     for slot in sorted((s for s in slots if s.over is None), key=lambda s: (-s.size, s.first)):
@@ -83,13 +83,19 @@ def plan(program: Program, choices: Sequence[Choice]) -> list[Slot]:
     return slots
 
 
-def _put_over(slots: Sequence[Slot], choices: Sequence[Choice]) -> None:
-    """Let results be written in the place of inputs that their kernels may replace and nothing reads after them."""
+def _put_over(slots: Sequence[Slot], choices: Sequence[Choice], origins: Mapping[fx.Node, frozenset[fx.Node]]) -> None:
+    """Let results be written in the place of inputs that their kernels may replace and nothing reads after them.
+
+    An input that is a view of the replaced one is read by other tasks of the same kernel: then nothing is replaced.
+    """
     known = {s.node: s for s in slots}
     for step, choice in enumerate(choices):
+        inputs, outputs = choice.region.inputs, choice.region.outputs
         for read, written in choice.kernel.replaces:
-            before, after = (known.get(n) for n in (choice.region.inputs[read], choice.region.outputs[written]))
-            if before is not None and after is not None and before.last == step and before.size == after.size:
+            before, after = known.get(inputs[read]), known.get(outputs[written])
+            if before is None or after is None or before.last != step or before.size != after.size:
+                continue
+            if not any(before.node in origins.get(n, ()) for k, n in enumerate(inputs) if k != read):
                 after.over = before
 
 
@@ -152,7 +158,15 @@ def verify(slots: Sequence[Slot], choices: Sequence[Choice]) -> int:
 
 def _may_replace(choice: Choice, old: Slot, new: Slot) -> bool:
     pairs = [(choice.region.inputs[i], choice.region.outputs[o]) for i, o in choice.kernel.replaces]
-    return (old.node, new.node) in pairs and (old.offset, old.size) == (new.offset, new.size)
+    if (old.node, new.node) not in pairs or (old.offset, old.size) != (new.offset, new.size):
+        return False
+    stack = [n for n in choice.region.inputs if n is not old.node]
+    while stack:  # back along views: is it read by another name as well?
+        node = stack.pop()
+        if node is old.node:
+            return False
+        stack += node.all_input_nodes if may_share(node) else []
+    return True
 
 
 class Arenas:

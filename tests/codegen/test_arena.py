@@ -18,11 +18,15 @@ from torchlathe import targets
 from torchlathe.codegen import arena
 from torchlathe.codegen.arena import ALIGNMENT, Arenas, Slot, plan, verify
 from torchlathe.codegen.base import Destination
+from torchlathe.codegen.eager import EagerBackend
 from torchlathe.codegen.executable import Executable
-from torchlathe.codegen.lower import lower
+from torchlathe.codegen.lower import backends, lower
+from torchlathe.codegen.partition import partition
+from torchlathe.codegen.select import Choice
 from torchlathe.codegen.tuner import Tuner
 from torchlathe.passes.capture import capture
 from torchlathe.passes.errors import InputError
+from torchlathe.targets.cost import is_free
 
 HOST = targets.get("cpu")
 
@@ -160,6 +164,41 @@ def test_a_sum_is_written_where_its_residual_lies(options: dict[str, bool], repl
     assert all(s.over is None or s.over.offset == s.offset for s in slots)
     for _ in range(2):
         torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Turned(torch.nn.Module):
+    """The second layer reads its residual once more by a view, whose rows other tasks need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(40, 40) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.layers[0](x))
+        return self.layers[2](y + self.layers[1](y.transpose(0, 1)))
+
+
+def test_a_residual_that_a_view_reads_as_well_is_not_overwritten() -> None:
+    model, x = Turned().eval(), torch.randn(30, 30, 40)
+    program = capture(model, (x,))
+    rivals = backends(program, HOST)[0]
+    choices = []
+    for region in partition(program, rivals, HOST):
+        backend = EagerBackend() if len(region.nodes) == 1 and is_free(region.nodes[0]) else rivals[0]
+        schedule = next(iter(backend.space(region, HOST)))
+        if isinstance(backend, EagerBackend):
+            program.infer(region.nodes[0])  # a view, where the kernel would have made a copy
+        choices.append(Choice(region, backend.lower(region, HOST, schedule)))
+    run = Executable(program, choices)
+    slots = plan(program, choices)
+    assert any(c.kernel.replaces for c in choices) and all(s.over is None for s in slots)
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+    residual = next(s for s in slots if s.node.name == "tanh")
+    after = next(s for s in slots if s.first == residual.last)
+    after.offset = residual.offset
+    with pytest.raises(AssertionError, match="overwrites"):
+        verify(slots, choices)
 
 
 def test_the_verifier_sees_what_no_kernel_allows() -> None:
