@@ -1,4 +1,4 @@
-"""Attention as model libraries hand it to torch: under constant masks, with heads repeated for groups of queries."""
+"""Attention as model libraries hand it to torch: constant masks, repeated heads, rotary embedding, keys in pages."""
 
 import torch
 from torch import nn
@@ -42,3 +42,15 @@ def attention(program):
 
 def added(hidden, shape=(S, S), dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype).masked_fill(~torch.ones(shape, dtype=torch.bool).tril(), hidden)
+
+
+def rotated(x, cos, sin):
+    """Rotary embedding of heads [..., features]."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+
+
+def paged(q, keys, values, table):
+    """Attention over pools [pages, keys of a page, heads, features] by a table [batch, pages of a text]."""
+    k, v = (pool[table].view(table.shape[0], -1, *pool.shape[2:]).transpose(1, 2) for pool in (keys, values))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != keys.shape[2])

@@ -142,7 +142,8 @@ def plan(region: Region, program: Program | None, indexed: bool = False) -> Atte
         raise Unsupported("attention operands of different ranks")
     tensors = {**{n: operands[n].meta["val"] for n in operands}, "output": output}
     walks = {n: looks[n].own if n in looks else t for n, t in tensors.items()}
-    heads = {n: _heads(t, query, bool(given.get("enable_gqa"))) for n, t in walks.items()}
+    grouped = bool(given.get("enable_gqa"))
+    heads = {n: _heads(t, query, grouped) for n, t in walks.items()}
     steps = {n: (expression(t.stride(-2)), expression(t.stride(-1))) for n, t in walks.items()}
     per_query = False
     if "mask" in tensors:
@@ -157,7 +158,7 @@ def plan(region: Region, program: Program | None, indexed: bool = False) -> Atte
     own_tensors = [n.meta["val"] for n in region.inputs] + ([] if known is None else [torch.empty(0, dtype=torch.int8)])
     sources = operands | {n: found.source for n, found in looks.items()}
     position = {n: region.inputs.index(source) for n, source in sources.items()} | {"output": len(own_tensors)}
-    entries = {n: Indexed(region.inputs.index(found.index), _heads(found.entries, query, bool(given.get("enable_gqa"))),
+    entries = {n: Indexed(region.inputs.index(found.index), _heads(found.entries, query, grouped),
                           found.entries.stride(-2), found) for n, found in looks.items()}  # fmt: skip
     return Attention(
         [*own_tensors, output], position, [expression(s) for s in query.shape[:-2]],

@@ -16,13 +16,12 @@ from torch import fx
 from ...targets.cost import is_free
 from ..base import Region, in_memory
 from .layout import Access, access_of, expression
+from .moves import RESHAPES
 from .product import LINEAR, MATRIX
 from .rows import Output, equal_shapes, reach, reason_against
 from .rules import name_of, read
-from .tail import Tail
-from .values import COLUMN, KINDS, Builder, Coordinate, Unsupported, Value, bound, same, shape
-
-VIEWS = ("view", "reshape", "_unsafe_view")
+from .tail import Tail, first_column
+from .values import COLUMN, KINDS, Builder, Coordinate, Unsupported, Value, same, shape
 
 
 @dataclass
@@ -66,7 +65,7 @@ class _Cut:
 def by_heads(region: Region, root: fx.Node) -> bool:
     """Whether some columns of the product are shown by heads."""
     readers = {*root.users, *(u for user in root.users if name_of(user) == "slice" for u in user.users)}
-    shown = (n for n in readers if n in region.nodes and name_of(n) in VIEWS)
+    shown = (n for n in readers if n in region.nodes and name_of(n) in RESHAPES)
     return root not in region.outputs and any(len(shape(n)) == len(shape(root)) + 1 for n in shown)
 
 
@@ -83,15 +82,15 @@ def plan_heads(region: Region, root: fx.Node, bias: fx.Node | None) -> Heads:
         raise Unsupported("heads that overlap or leave columns out")
     if {c.output for c in cuts} != set(region.outputs):
         raise Unsupported("an output that is not that of one piece of a product")
-    widths = {shape(c.seen)[-1] for c in cuts if name_of(c.seen) in VIEWS}
+    widths = {shape(c.seen)[-1] for c in cuts if name_of(c.seen) in RESHAPES}
     features = widths.pop() if len(widths) == 1 else None
     if not isinstance(features, int) or features % 2 or any((c.stop - c.start) % features for c in cuts):
         raise Unsupported("heads of different or odd widths")
-    read_ = [_read(region, root, bias, cut, features) for cut in cuts]
-    orders = {cut.output: _order(len(shape(cut.output)), place) for cut, (place, _) in zip(cuts, read_, strict=True)}
+    found = [_read(region, root, bias, cut, features) for cut in cuts]
+    orders = {cut.output: _order(len(shape(cut.output)), place) for cut, (place, _) in zip(cuts, found, strict=True)}
     tensors = [n.meta["val"] for n in region.inputs] + [_written(n, orders[n]) for n in region.outputs]
     pieces = [_piece(region, root, bias, cut, features, place, halves, tensors)
-              for cut, (place, halves) in zip(cuts, read_, strict=True)]  # fmt: skip
+              for cut, (place, halves) in zip(cuts, found, strict=True)]  # fmt: skip
     return Heads(pieces, features, [orders[n] for n in region.outputs])
 
 
@@ -99,10 +98,8 @@ def _cuts(region: Region, root: fx.Node) -> Iterator[_Cut]:
     for user in root.users:
         start, stop, node = 0, shape(root)[-1], user
         if name_of(user) == "slice":
-            given = bound(user)
-            if given["dim"] % len(shape(root)) != len(shape(root)) - 1 or given["step"] != 1:
-                raise Unsupported("the product is read otherwise than by slices of its columns")
-            start, stop, _ = slice(given["start"], given["end"]).indices(stop)
+            start = first_column(root, user)
+            stop = start + shape(user)[-1]
             inner = list(user.users)
             if user not in region.outputs and len(inner) == 1:
                 (node,) = inner
@@ -111,7 +108,7 @@ def _cuts(region: Region, root: fx.Node) -> Iterator[_Cut]:
         ends = [n for n in region.outputs if node in _before(region, n)]
         if len(ends) != 1:
             raise Unsupported("a part of the product that does not lead to one output")
-        if not _splits(root, node) if name_of(node) in VIEWS else (name_of(node) != "slice" or ends != [user]):
+        if not _splits(root, node) if name_of(node) in RESHAPES else (name_of(node) != "slice" or ends != [user]):
             raise Unsupported("a part of the product is seen otherwise than by heads")
         yield _Cut(start, stop, node, ends[0])
 
@@ -146,7 +143,7 @@ def _read(region: Region, root: fx.Node, bias: fx.Node | None, cut: _Cut,
         value = memo[cut.seen, _at(len(lead), len(lead), start)] = build.rounded(value, root.meta["val"].dtype)
         halves.append(_Half(start, summed, added, value))
     if cut.output is cut.seen:
-        return len(lead) if name_of(cut.seen) in VIEWS else None, halves
+        return len(lead) if name_of(cut.seen) in RESHAPES else None, halves
     members, why = _before(region, cut.output) - {root, cut.seen, *root.users}, ""
     for node in [n for n in region.nodes if n in members]:
         if (reason := reason_against(node)) is not None:

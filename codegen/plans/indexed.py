@@ -12,10 +12,11 @@ from torch import fx
 
 from ..base import Region
 from .layout import equal, expression
+from .moves import RESHAPES, TURNS, turn_of
 from .rules import name_of
 from .values import Unsupported, bound, dense
 
-VIEWS = ("view", "reshape", "_unsafe_view", "permute", "transpose", "unsqueeze", "squeeze", "t")
+VIEWS = (*RESHAPES, *TURNS, "unsqueeze", "squeeze")
 LOOK_UPS = ("index", "index_select")
 
 Atom = tuple[bool, int]  # whether it is a dimension of the index, and which one; else of what is read
@@ -101,17 +102,9 @@ def look(region: Region, operand: fx.Node) -> Look:
     for node in reversed(nodes[:-1]):
         dims = _viewed(node, dims, lambda atom: expression((table if atom[0] else tensor).shape[atom[1]]))
     *lead, key, feature = dims
-    if (
-        any(len(d) > 1 for d in (*lead, feature))
-        or not feature
-        or not key
-        or not key[0][0]
-        or len(key) > 2
-        or feature[0][0]
-    ):
+    plain = all(len(d) < 2 for d in lead) and [looked for looked, _ in feature] == [False]
+    if not plain or [looked for looked, _ in key] not in ([True], [True, False]):
         raise Unsupported("attention over keys that are looked up otherwise than one by one or by pages")
-    if len(key) == 2 and key[1][0]:
-        raise Unsupported("attention over keys that are looked up by more than one dimension of an index")
     shape = tuple(dense(operand).shape)
     page = expression(tensor.shape[key[1][1]]) if len(key) == 2 else sympy.Integer(1)
     own = [_step(tensor, [a for a in d if not a[0]]) for d in (*lead, key[1:], feature)]
@@ -127,14 +120,8 @@ def _step(tensor: torch.Tensor, atoms: Sequence[Atom]) -> sympy.Expr:
 
 def _viewed(node: fx.Node, dims: list[tuple[Atom, ...]], size: Any) -> list[tuple[Atom, ...]]:
     """Which dimensions of index and source make up each dimension of a view, given those of what is viewed."""
-    name, given = name_of(node), bound(node)
-    rank = len(dims)
-    if name in ("permute", "transpose", "t"):
-        order = [d % rank for d in given["dims"]] if name == "permute" else list(range(rank))
-        if name != "permute":
-            a, b = (0, rank - 1) if name == "t" else (given["dim0"] % rank, given["dim1"] % rank)
-            order[a], order[b] = b, a
-        return [dims[d] for d in order]
+    if name_of(node) in TURNS:
+        return [dims[d] for d in turn_of(bound(node), len(dims))]
     left = [d for d in dims if d and not all(size(a) == 1 for a in d)]
     found: list[tuple[Atom, ...]] = []
     for wanted in map(expression, dense(node).shape):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from .values import COLUMN, FIXED, KINDS, Coordinate, Site, Unsupported, Value, is_one, shape
 
 Rule = Callable[[Site], Value]
+RESHAPES = ("view", "reshape", "_unsafe_view")
+TURNS = ("permute", "transpose", "t")
 
 
 def _move(change: Callable[[Site, list[Coordinate]], list[Coordinate]]) -> Rule:
@@ -26,17 +29,21 @@ def _squeeze(s: Site, at: list[Coordinate]) -> list[Coordinate]:
     return at
 
 
+def turn_of(args: Mapping[str, Any], rank: int) -> list[int]:
+    """Which dimension of its argument each dimension of a ``permute``, ``transpose`` or ``t`` is."""
+    if "dims" in args:
+        return [d % rank for d in args["dims"]]
+    order = list(range(rank))
+    if "dim0" not in args:  # ``t``
+        return order[::-1]
+    a, b = args["dim0"] % rank, args["dim1"] % rank
+    order[a], order[b] = b, a
+    return order
+
+
 def _permute(s: Site, at: list[Coordinate]) -> list[Coordinate]:
-    rank = len(at)
-    if "dims" not in s.args and "dim0" not in s.args:  # ``t``
-        return at[::-1]
-    if "dims" in s.args:
-        order = [d % rank for d in s.args["dims"]]
-    else:
-        order = list(range(rank))
-        a, b = s.args["dim0"] % rank, s.args["dim1"] % rank
-        order[a], order[b] = b, a
-    return [at[order.index(d)] for d in range(rank)]
+    order = turn_of(s.args, len(at))
+    return [at[order.index(d)] for d in range(len(at))]
 
 
 def _slice(s: Site, at: list[Coordinate]) -> list[Coordinate]:
@@ -105,8 +112,7 @@ def _take(s: Site) -> Value:
 
 
 MOVES: dict[str, Rule] = {
-    "unsqueeze": _move(_unsqueeze), "squeeze": _move(_squeeze), "permute": _move(_permute),
-    "transpose": _move(_permute), "t": _move(_permute),
+    "unsqueeze": _move(_unsqueeze), "squeeze": _move(_squeeze), **dict.fromkeys(TURNS, _move(_permute)),
     "slice": _move(_slice), "select": _move(_select), "expand": _expand, "cat": _cat,
     "embedding": _embedding, "take": _take,
 }  # fmt: skip

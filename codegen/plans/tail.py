@@ -45,20 +45,25 @@ def column_parts(region: Region, root: fx.Node) -> tuple[int, ...]:
 
     The region reads the product by slices of its columns only; (0,) if it reads the product itself. Raises Unsupported.
     """
-    width, columns = shape(region.outputs[0])[-1:], shape(root)[-1]
-    if root in region.outputs or equal_shapes(width, (columns,)):
+    width = shape(region.outputs[0])[-1:]
+    if root in region.outputs or equal_shapes(width, shape(root)[-1:]):
         return (0,)
-    starts = set()
+    starts = set[int]()
     for user in root.users:
-        given = bound(user) if name_of(user) == "slice" else {}
-        along = given and given["dim"] % len(shape(root)) == len(shape(root)) - 1 and given["step"] == 1
-        start = given["start"] or 0 if along else None
-        if not isinstance(start, int) or (start < 0 and not isinstance(columns, int)):
-            raise Unsupported("the product is read otherwise than by slices of its columns")
+        starts.add(first_column(root, user))
         if not equal_shapes(shape(user)[-1:], width):
             raise Unsupported("the product is read by parts that are not equally wide")
-        starts.add(max(0, start + columns) if start < 0 else start)
     return tuple(sorted(starts))
+
+
+def first_column(root: fx.Node, part: fx.Node) -> int:
+    """Where a slice of a product's columns begins. Raises Unsupported for anything else."""
+    given, columns = bound(part) if name_of(part) == "slice" else {}, shape(root)[-1]
+    along = given and given["dim"] % len(shape(root)) == len(shape(root)) - 1 and given["step"] == 1
+    start = given["start"] or 0 if along else None
+    if not isinstance(start, int) or (start < 0 and not isinstance(columns, int)):
+        raise Unsupported("the product is read otherwise than by slices of its columns")
+    return max(0, start + columns) if start < 0 else start
 
 
 def shape_of_parts(region: Region, root: fx.Node, parts: Sequence[int]) -> tuple[Extent, ...]:

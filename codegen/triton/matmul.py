@@ -188,11 +188,10 @@ class Template:
         texts = [(self.name, self._main(splits))]
         launches = [Launch(self.name, parameters, grid, warps, stages)]
         if splits == 1:
-            return self._code(texts, launches, [])
-        scratch = [((sympy.Integer(splits), batches, p.rows, p.width), torch.float32)]
+            return self._code(texts, launches)
         texts.append((f"{self.name}_sum", self._sum(splits)))
         launches.append(Launch(f"{self.name}_sum", parameters, (parts(p.rows * p.columns, SHARE), batches), 4))
-        return self._code(texts, launches, scratch)
+        return self._code(texts, launches)
 
     def _library(self) -> Code:
         """torch's own product into scratch memory, and a kernel for what follows."""
@@ -202,23 +201,27 @@ class Template:
             Launch("", (p.left.buffer, p.right.buffer, count), (sympy.Integer(1),), turned=p.turned),
             Launch(name, tuple(range(count + 1)), (parts(p.rows * p.columns, SHARE), batches), 4),
         ]
-        return self._code([(name, self._sum(1))], launches, [((p.rows, batches * p.width), p.dtype)])
+        return self._code([(name, self._sum(1))], launches)
 
-    def _code(self, texts: Sequence[tuple[str, list[str]]], launches: Sequence[Launch], scratch: Any) -> Code:
-        count = len(self.product.tail.tensors) + len(scratch)
+    def _code(self, texts: Sequence[tuple[str, list[str]]], launches: Sequence[Launch]) -> Code:
+        count = len(self.product.tail.tensors) + len(self._scratch)
         parameters = [*(f"t{k}" for k in range(count)), *self.sizes.parameters]
-        return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, scratch)
-
-    def _writer(self) -> Writer:
-        return Writer(self.sizes, [*self.product.tail.tensors, *self._scratch], self.product.tail.loads)
+        return self.sizes.code(module([function(n, parameters, lines) for n, lines in texts]), launches, self._scratch)
 
     @property
-    def _scratch(self) -> list[torch.Tensor]:
-        """A tensor of the size of the scratch memory, if that is known: offsets into it may be wide as well."""
-        p = self.product
-        sizes = [*p.extents[:-1], p.width] + ([] if self.schedule.name == "library" else [self.schedule["splits"]])
-        static = all(sympy.sympify(s).is_Integer for s in sizes)
-        return [torch.empty([int(s) for s in sizes], device="meta")] if static else []
+    def _scratch(self) -> list[tuple[tuple[sympy.Expr, ...], torch.dtype]]:
+        """Shape and dtype of the memory between the launches, if there are two."""
+        p, batches = self.product, sympy.Mul(*self.product.extents[: self.product.batch])
+        if self.schedule.name == "library":
+            return [((p.rows, batches * p.width), p.dtype)]
+        splits = int(self.schedule["splits"])
+        return [((sympy.Integer(splits), batches, p.rows, p.width), torch.float32)] if splits > 1 else []
+
+    def _writer(self) -> Writer:
+        """Offsets into scratch memory of known size may be wide where none into a parameter is."""
+        known = [shape for shape, _ in self._scratch if all(size.is_Integer for size in shape)]
+        between = [torch.empty([int(size) for size in shape], device="meta") for shape in known]
+        return Writer(self.sizes, [*self.product.tail.tensors, *between], self.product.tail.loads)
 
     def _main(self, splits: int) -> list[str]:
         p, w, s = self.product, self._writer(), self.schedule

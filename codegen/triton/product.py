@@ -106,7 +106,7 @@ def plan(region: Region) -> Product:
     space = shape_of_parts(region, root, parts)
     tail = plan_tail(region, root, addend, 0, device="cuda", parts=parts)
     walks = walks_of(root, left, right, region, len(space))
-    product = _with(root, left, right, tail, walks, [tail], [expression(e) for e in space])
+    product = _with(root, left, right, walks, [tail], [expression(e) for e in space])
     product.parts, product.library = parts, len(region.nodes) > 1 and name_of(root) != GROUPED
     product.groups = _groups(region, root, right) if name_of(root) == GROUPED else None
     return product
@@ -116,14 +116,14 @@ def _of_heads(region: Region, root: fx.Node, left: fx.Node, right: fx.Node, adde
     """The product of a region whose columns are heads. Raises Unsupported."""
     if right.meta["val"].dim() != 2:
         raise Unsupported("heads of a product of batches")
-    heads, none = plan_heads(region, root, addend), sympy.Integer(0)
+    heads = plan_heads(region, root, addend)
     walks = walks_of(root, left, right, region, len(shape(root)))
-    walks[0].strides.insert(0, none)
+    walks[0].strides.insert(0, sympy.Integer(0))
     step = expression(right.meta["val"].stride(0 if name_of(root) in LINEAR else 1))
     walks[1].strides.insert(0, step * heads.features)
     half, count = heads.features // 2, shape(root)[-1] // heads.features
     space = [expression(e) for e in (count, *shape(root)[:-1], half)]
-    product = _with(root, left, right, heads.pieces[0].tail, walks, [p.tail for p in heads.pieces], space)
+    product = _with(root, left, right, walks, [piece.tail for piece in heads.pieces], space)
     if len(heads.pieces) > 1 and product.batch == 0:
         raise Unsupported("heads that share one weight")
     product.parts, product.library, product.heads = (0, half), True, heads
@@ -131,8 +131,8 @@ def _of_heads(region: Region, root: fx.Node, left: fx.Node, right: fx.Node, adde
     return product
 
 
-def _with(root: fx.Node, left: fx.Node, right: fx.Node, tail: Tail, walks: tuple[Access, Access],
-          tails: Sequence[Tail], space: list[sympy.Expr]) -> Product:  # fmt: skip
+def _with(root: fx.Node, left: fx.Node, right: fx.Node, walks: tuple[Access, Access], tails: Sequence[Tail],
+          space: list[sympy.Expr]) -> Product:  # fmt: skip
     """A product whose space has no needless dimensions."""
     stepping = [walks[0], *(o.access for t in tails for o in t.outputs)]
     staying = [walks[1], *(a for t in tails for a in t.loads.values())]
@@ -141,7 +141,7 @@ def _with(root: fx.Node, left: fx.Node, right: fx.Node, tail: Tail, walks: tuple
     own_row(extents, batch, stepping, staying)
     steps = [expression(s) for s in right.meta["val"].stride()[-2:]]
     right_steps = (steps[1], steps[0]) if name_of(root) in LINEAR else (steps[0], steps[1])
-    return Product(tail, *walks, expression(left.meta["val"].stride(-1)), right_steps, extents, batch,
+    return Product(tails[0], *walks, expression(left.meta["val"].stride(-1)), right_steps, extents, batch,
                    expression(shape(left)[-1]), left.meta["val"].dtype, expression(shape(root)[-1]),
                    name_of(root) in LINEAR)  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attends import paged, rotated
 from reference import region_of
 
 pytest.importorskip("triton")
@@ -40,12 +41,7 @@ heads = (normal(2, 4, 512, 64),) * 3
 def rotary(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, ...]:
     y = F.linear(x, w)
     q = y[..., :512].view(4, 197, 8, 64).transpose(1, 2)
-    return y[..., 512:], q * cos + torch.cat((-q[..., 32:], q[..., :32]), -1) * sin
-
-
-def paged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    k, v = (pool[table].view(2, -1, 2, 64).transpose(1, 2) for pool in (keys, values))
-    return sdpa(q, k, v, enable_gqa=True)
+    return y[..., 512:], rotated(q, cos, sin)
 
 
 pools = (normal(400, 16, 2, 64),) * 2

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attends import rotated
 from lowered import FLOATS, agree, alone
 from torch.export import Dim
 
@@ -21,11 +22,6 @@ from torchlathe.codegen.triton.product import plan
 from torchlathe.passes.capture import capture
 
 Tensors = tuple[torch.Tensor, ...]
-
-
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
 def attention_operands(heads: int, groups: int, features: int) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from attends import paged
 from lowered import FLOATS, agree, alone, flat
 from torch.export import Dim
 
@@ -18,13 +19,6 @@ from torchlathe.codegen.triton.backend import TritonBackend
 from torchlathe.passes.capture import capture
 
 sdpa = F.scaled_dot_product_attention
-
-
-def paged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Pools [pages, keys of a page, heads, features], a table [batch, pages of a text]."""
-    batch = table.shape[0]
-    k, v = (pool[table].view(batch, -1, *pool.shape[2:]).transpose(1, 2) for pool in (keys, values))
-    return sdpa(q, k, v, enable_gqa=q.shape[1] != keys.shape[2])
 
 
 def pages(dtype: torch.dtype, queries: int = 5, integers: torch.dtype = torch.int64) -> tuple[torch.Tensor, ...]:
