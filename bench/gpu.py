@@ -49,6 +49,7 @@ SECTIONS = {
     "sparse": 0.7,
     "decode": 0.6,
     "merging": 1.2,
+    "fused": 1.2,
 }  # shares of time
 LEAST = 60.0  # seconds: with less left, no more models are begun
 SAMPLING = 25.0  # seconds that one row may need from ready to done
@@ -220,6 +221,8 @@ def kernels(
             "device": options.device,
             "ceilings": rates,
             "match": options.match,
+            "peers": options.peers,
+            "tune": options.tune,
         }
 
     coming = Child({**request(chosen[0]), "skip": 0}, log) if chosen else None

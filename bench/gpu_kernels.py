@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import gpu_tree  # noqa: F401
 import torch
+from gpu_check import paged
 from gpu_clock import best_of, ratio_text, time_kernels, time_models
 from gpu_models import tiny
 from gpu_ours import Net, Ours, Tensors, fastest
@@ -41,11 +42,15 @@ class Bench:
     Attributes:
         device: ``cuda``, or ``cpu`` for a dry run at toy sizes.
         ceilings: measured rates of a copy and of a product.
+        peers: modes of torch.compile that compete where any do.
+        tune: seconds of trying kernels for a whole model.
         seconds: of sampling per row.
     """
 
     device: str
     ceilings: Mapping[str, float]
+    peers: Sequence[str] = ("compile", "max-autotune")
+    tune: float = 40.0
     seconds: float = 0.8
 
     @property
@@ -275,6 +280,76 @@ def linear(bench: Bench) -> list[Case]:
     return [(f"linear {c}", lambda c=c: case(*c)) for c in LINEAR]
 
 
+def rotary(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Heads [batch, heads, tokens, features] turned by their places."""
+    low, high = y.chunk(2, -1)
+    return y * cos + torch.cat([-high, low], -1) * sin
+
+
+def projections(n: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Queries, keys and values of grouped attention by one product, the first two turned."""
+    parts = F.linear(x, n.w).split([h * n.features for h in (n.heads, n.groups, n.groups)], -1)
+    q, k, v = (p.view(*x.shape[:2], -1, n.features).transpose(1, 2) for p in parts)
+    return rotary(q, n.cos, n.sin), rotary(k, n.cos, n.sin), v
+
+
+def experts(_: Any, x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows in groups, a gated layer for each."""
+    gate, up = torch._grouped_mm(x, w, offs=ends).chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def fused(bench: Bench) -> list[Case]:
+    """What one kernel of ours does and torch does in several: gates, turned heads, rows in groups, keys in pages."""
+
+    def case(what: str, size: str, net: torch.nn.Module, args: Tensors) -> Row:
+        ours = fastest(net, args, bench.device, 2 * bench.tried)
+        modes = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+        peers: dict[str, Rival] = {
+            p: (lambda m=m: compiled(net, args, m)) for p, m in modes.items() if p in bench.peers
+        }
+        timings, failed = timed(bench, ours, {"eager": lambda: lambda: net(*args), **peers})
+        return row({"what": what, "size": size, **micros(timings, ("ours", *list(timings)[1:]))}, timings, ours, failed)
+
+    def gate(m: int, n: int, k: int) -> Row:
+        m, n, k = bench.size(m, 24), bench.size(n, 32), bench.size(k, 48)
+        net = Net(lambda n, x: F.silu(F.linear(x, n.gate)) * F.linear(x, n.up),
+                  gate=bench.randn(n, k) / math.sqrt(k), up=bench.randn(n, k) / math.sqrt(k))  # fmt: skip
+        return case("gate", f"{m} x {n} x {k}", net, (bench.randn(m, k),))
+
+    def heads(batch: int, tokens: int, heads: int, groups: int, features: int) -> Row:
+        batch, tokens, features = bench.size(batch, 2), bench.size(tokens, 20), bench.size(features, 16)
+        heads, groups = bench.size(heads, 4), bench.size(groups, 2)
+        width = heads * features
+        net = Net(projections, w=bench.randn(width + 2 * groups * features, width) / math.sqrt(width),
+                  cos=bench.randn(1, 1, tokens, features), sin=bench.randn(1, 1, tokens, features))  # fmt: skip
+        net.heads, net.groups, net.features = heads, groups, features  # type: ignore[assignment]
+        size = f"{batch} x {tokens} tokens, {heads} / {groups} heads of {features}"
+        return case("projections, turned", size, net, (bench.randn(batch, tokens, width),))
+
+    def grouped(m: int, n: int, k: int, count: int) -> Row:
+        m, n, k = bench.size(m, 24), bench.size(n, 32), bench.size(k, 32)
+        x, w = bench.randn(m, k, dtype=torch.bfloat16), bench.randn(count, k, 2 * n, dtype=torch.bfloat16)
+        ends = torch.multinomial(torch.ones(count, device=bench.device), m, True).bincount(minlength=count).cumsum(0)
+        return case(f"{count} groups", f"{m} x {n} x {k}", Net(experts), (x, w / math.sqrt(k), ends.int()))
+
+    def pages(batch: int, queries: int, keys: int) -> Row:
+        batch, keys, features = bench.size(batch, 2), bench.size(keys, 64), bench.size(128, 16)
+        heads, groups = bench.size(32, 4), bench.size(8, 2)
+        pools = [bench.randn(batch * keys // 16, 16, groups, features) for _ in range(2)]
+        table = torch.randperm(len(pools[0]), device=bench.device).view(batch, -1)
+        net = Net(lambda _, *args: paged(*args))
+        args = (bench.randn(batch, heads, queries, features), *pools, table)
+        return case("pages of 16 keys", f"{batch} x {queries} queries, {keys} keys", net, args)
+
+    grid: list[tuple[Callable[..., Row], tuple[int, ...]]] = [
+        (gate, (2048, 2048, 768)), (heads, (8, 256, 12, 4, 64)), (grouped, (4096, 1024, 2048, 8)),
+        (pages, (8, 1, 4096)), (gate, (4096, 11008, 4096)), (heads, (4, 1024, 32, 8, 128)),
+        (grouped, (8192, 3584, 4096, 8)), (pages, (8, 64, 4096)),
+    ]  # fmt: skip
+    return [(f"{make.__name__} {size}", lambda m=make, size=size: m(*size)) for make, size in grid]
+
+
 def merging(bench: Bench) -> list[Case]:
     """ViT-B of 64 images with 13 tokens merged away in each block, against our own exact executable, in float16."""
 
@@ -283,7 +358,7 @@ def merging(bench: Bench) -> list[Case]:
         model, args = tiny("vit", 2) if small else classifier("vit-b", 64)
         dtype = torch.float32 if small else torch.float16
         model, args = model.to(bench.device, dtype).eval(), tuple(a.to(bench.device, dtype) for a in args)
-        options: dict[str, Any] = {"level": "fast"} if small else {"budget": 45.0}
+        options: dict[str, Any] = {"level": "fast"} if small else {"budget": bench.tune}
         made = {}
         for name, passes in (("ours", ["default", MergeTokens(r=1 if small else 13)]), ("exact", None)):
             made[name] = torchlathe.optimize(model, args, target=bench.device, passes=passes, **options)
@@ -301,13 +376,13 @@ def merging(bench: Bench) -> list[Case]:
 
 SECTIONS: dict[str, Section] = {
     "rows": row_kernels, "attention": attention, "linear": linear, "sparse": sparse, "decode": decode,
-    "merging": merging,
+    "merging": merging, "fused": fused,
 }  # fmt: skip
 
 
 def cases(request: Mapping[str, Any]) -> list[Case]:
     """The cases of one section, as a child process is asked for them."""
-    bench = Bench(request["device"], request["ceilings"])
+    bench = Bench(request["device"], request["ceilings"], request["peers"], request["tune"])
     if bench.device == "cuda":
         return SECTIONS[request["section"]](bench)
     return SECTIONS[request["section"]](replace(bench, seconds=0.0))[:DRY]
