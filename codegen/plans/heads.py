@@ -18,7 +18,7 @@ from ..base import Region, in_memory
 from .layout import Access, access_of, expression
 from .moves import RESHAPES
 from .product import LINEAR, MATRIX
-from .rows import Output, equal_shapes, reach, reason_against
+from .rows import Output, equal_shapes, reach, reason_against, seen_by_callers
 from .rules import name_of, read
 from .tail import Tail, first_column
 from .values import COLUMN, KINDS, Builder, Coordinate, Unsupported, Value, same, shape
@@ -179,7 +179,7 @@ def _written(node: fx.Node, order: tuple[int, ...]) -> torch.Tensor:
     """An output as the kernel writes it. Raises Unsupported where a caller relies on another layout."""
     value: torch.Tensor = node.meta["val"]
     own = in_memory(value, order)
-    if node.meta.get("kept", any(user.op == "output" for user in node.users)) and own.stride() != value.stride():
+    if seen_by_callers(node) and own.stride() != value.stride():
         raise Unsupported(f"the output {node.name} lies otherwise in memory")
     return own
 

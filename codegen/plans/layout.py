@@ -28,6 +28,25 @@ def contiguous(tensor: torch.Tensor) -> bool:
     return True
 
 
+def order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Dimensions from the outermost to the innermost of a (fake) tensor without gaps; None if it has some or overlaps.
+
+    Dimensions of size one stand where they do in the shape, as far as those that count keep their order.
+    """
+    sizes, strides = ([expression(s) for s in each] for each in (tensor.shape, tensor.stride()))
+    if contiguous(tensor):
+        return tuple(range(tensor.dim()))
+    left, order, step = [d for d, size in enumerate(sizes) if size != 1], list[int](), sympy.Integer(1)
+    while left:
+        inner = next((d for d in reversed(left) if equal(strides[d], step)), None)
+        if inner is None:
+            return None
+        left.remove(inner)
+        order.insert(0, inner)
+        step = step * sizes[inner]
+    return (*(d for d, size in enumerate(sizes) if size == 1), *order)
+
+
 @dataclass
 class Access:
     """How one value of the row program walks through one buffer: a stride per dimension of the space."""

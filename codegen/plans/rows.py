@@ -12,8 +12,8 @@ import sympy
 import torch
 from torch import fx
 
-from ..base import Region
-from .layout import Access, access_of, contiguous, expression, merge
+from ..base import Region, in_memory
+from .layout import Access, access_of, contiguous, equal, expression, merge, order_in_memory
 from .rules import RULES, name_of, read
 from .values import KINDS, Builder, Extent, Unsupported, Value, same, shape
 
@@ -44,6 +44,7 @@ class Plan:
         extents: sizes of the merged space, columns last.
         gathers: the loads with an index that is a value, with the number of entries to choose from.
         pick: the value whose index decides which part of every pick a row reads, None if there is no pick.
+        order: dimensions of the outputs in memory, as in `Destination`.
     """
 
     tensors: list[torch.Tensor]
@@ -54,6 +55,7 @@ class Plan:
     extents: list[sympy.Expr]
     gathers: list[tuple[Value, sympy.Expr]]
     pick: Value | None
+    order: tuple[int, ...] | None = None
 
     @property
     def stages(self) -> int:
@@ -92,22 +94,64 @@ def make(region: Region, device: str = "cpu") -> Plan:
     space = _space(region)
     if any(isinstance(e, int) and e == 0 for e in space):
         raise Unsupported("a region without elements")
-    build, members, memo = Builder(region, space, device), set(region.nodes), dict[Any, Value]()
-    tensors = [*(n.meta["val"] for n in region.inputs), *map(result_of, region.outputs)]
+    why: Unsupported | None = None
+    for order in _orders(region, space):
+        try:
+            return _planned(region, space, order, device)
+        except Unsupported as reason:
+            why = why or reason
+    assert why is not None
+    raise why
+
+
+def _planned(region: Region, sizes: tuple[Extent, ...], order: tuple[int, ...] | None, device: str) -> Plan:
+    """The plan of a region whose results have these sizes, or one element less per row, and lie in this order."""
+    space = sizes if order is None else tuple(sizes[d] for d in order)
+    build, members, memo = Builder(region, space, device, order), set(region.nodes), dict[Any, Value]()
+    results = [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
     outputs = []
     for k, node in enumerate(region.outputs):
         at, per_row = build.identity(), False
-        if not equal_shapes(shape(node), space):
+        if not equal_shapes(shape(node), sizes):
             per_row, at = True, (*at[:-1], None)
-            if equal_shapes(shape(node), space[:-1]):
+            if equal_shapes(shape(node), sizes[:-1]):
                 at = at[:-1]
-            elif not equal_shapes(shape(node), (*space[:-1], 1)):
+            elif not equal_shapes(shape(node), (*sizes[:-1], 1)):
                 raise Unsupported(f"the output {node.name} has another shape than the region")
         value = read(build, members, memo, node, at)
         if per_row and value.vary:
             raise Unsupported(f"the output {node.name} takes one column of a row")
         outputs.append(Output(value, per_row, output_access(len(region.inputs) + k, space, per_row)))
-    return _finish(space, tensors, outputs)
+    plan = _finish(space, [*(n.meta["val"] for n in region.inputs), *results], outputs)
+    plan.order = order
+    return plan
+
+
+def _orders(region: Region, space: tuple[Extent, ...]) -> list[tuple[int, ...] | None]:
+    """Orders in which the results may lie, the best first.
+
+    What callers of the program see lies as eager leaves it. What is computed from images with channels last keeps them
+    last, as eager would, so that the convolution that reads it finds its own layout; all else is contiguous.
+    """
+    natural = tuple(range(len(space)))
+    if any(not equal_shapes(shape(n), space) for n in region.outputs):
+        return [None]
+    if fixed := {order_in_memory(n.meta["val"]) for n in region.outputs if seen_by_callers(n)}:
+        (order, *others) = fixed
+        return [None if others or order == natural else order]
+    copies = any(name_of(n) == "clone" for n in region.outputs)
+    return [None] if copies or not _channels_last(region, len(space)) else [(0, *natural[2:], 1), None]
+
+
+def _channels_last(region: Region, rank: int) -> bool:
+    """Whether most of what a region reads are images with channels last."""
+    votes = 0
+    for value in (n.meta["val"] for n in region.inputs):
+        if value.dim() == rank >= 4 and any(expression(s) != 1 for s in value.shape[2:]):
+            last = equal(expression(value.stride(1)), sympy.Integer(1)) and not contiguous(value)
+            known = math.prod(s for s in value.shape if isinstance(s, int))
+            votes += known if last else -known
+    return votes > 0
 
 
 def result_of(node: fx.Node) -> torch.Tensor:
@@ -119,9 +163,14 @@ def result_of(node: fx.Node) -> torch.Tensor:
     if contiguous(value):
         return value
     symbolic = any(isinstance(s, torch.SymInt) for s in (*value.shape, *value.stride()))
-    if symbolic or node.meta.get("kept", any(user.op == "output" for user in node.users)):
+    if symbolic or seen_by_callers(node):
         raise Unsupported(f"the output {node.name} is not contiguous")
     return value.new_empty(value.shape)
+
+
+def seen_by_callers(node: fx.Node) -> bool:
+    """Whether the program returns a value, so that its strides are to be eager's."""
+    return bool(node.meta.get("kept", any(user.op == "output" for user in node.users)))
 
 
 def _space(region: Region) -> tuple[Extent, ...]:

@@ -91,8 +91,8 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
             raise Unsupported(reason)
     sizes = shape_of_parts(region, root, parts)
     space = sizes if order is None else tuple(sizes[d] for d in order)
-    build, memo = Builder(region, space, device), dict[Any, Value]()
-    at = coordinates(build, order)
+    build, memo = Builder(region, space, device, order), dict[Any, Value]()
+    at = build.identity()
     tensors = [*(n.meta["val"] for n in region.inputs), *(torch.empty(0) for _ in range(constants))]
     results = {start: build.product(KINDS.get(root.meta["val"].dtype, "float32"), start) for start in parts}
     for start, summed in results.items():
@@ -134,12 +134,6 @@ def replaceable(tail: Tail, busy: Collection[int]) -> tuple[tuple[int, int], ...
         if same and readers == 1 and access.buffer not in busy and tail.tensors[access.buffer].dtype is made.dtype:
             return ((access.buffer, 0),)
     return ()
-
-
-def coordinates(build: Builder, order: tuple[int, ...] | None) -> tuple[Coordinate, ...]:
-    """The coordinates of the space itself, for a tensor whose dimensions are in this order in the space."""
-    own = build.identity()
-    return own if order is None else tuple(own[order.index(d)] for d in range(len(order)))
 
 
 def _addend(build: Builder, root: fx.Node, addend: fx.Node, at: tuple[Coordinate, ...], memo: dict[Any, Value],

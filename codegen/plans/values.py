@@ -62,11 +62,17 @@ class Value:
 
 @dataclass
 class Builder:
-    """Makes values as torch computes them on a kind of device; equal values are made once."""
+    """Makes values as torch computes them on a kind of device; equal values are made once.
+
+    Attributes:
+        space: sizes of the space, rows before columns.
+        order: dimensions of the region's tensors in the order in which the space has them (None: as they are).
+    """
 
     region: Region
     space: tuple[Extent, ...]
     device: str = "cpu"
+    order: tuple[int, ...] | None = None
     table: dict[Any, Value] = field(default_factory=dict)
 
     def op(self, name: str, *args: Value, kind: str = "float32", attr: Any = None) -> Value:
@@ -134,10 +140,16 @@ class Builder:
         stage = max(p.stage for p in parts)
         return self._make("cat", tuple(parts), bounds, parts[0].kind, True, stage, max(p.cost for p in parts))
 
+    @property
+    def sizes(self) -> tuple[Extent, ...]:
+        """Shape of a tensor that fills the space."""
+        order = self.order or range(len(self.space))
+        return tuple(self.space[list(order).index(d)] for d in range(len(self.space)))
+
     def identity(self) -> tuple[Coordinate, ...]:
-        """The coordinates of the space itself."""
-        rows = [None if is_one(e) else (k, 0) for k, e in enumerate(self.space[:-1])]
-        return (*rows, (COLUMN, 0))
+        """Where a tensor that fills the space is read."""
+        own = (*(None if is_one(e) else (k, 0) for k, e in enumerate(self.space[:-1])), (COLUMN, 0))
+        return own if self.order is None else tuple(own[self.order.index(d)] for d in range(len(own)))
 
     def _make(self, op: str, args: tuple[Value, ...], attr: Any, kind: str, vary: bool, stage: int, cost: int) -> Value:
         key = (op, tuple(map(id, args)), attr, kind)
@@ -231,9 +243,11 @@ class Site:
     def row(self, name: str, kind: str = "float32") -> Value:
         """The operand of a reduction over the last dimension, at every column of this row."""
         arg = self.args[name]
-        if len(shape(arg)) != len(self.build.space) or not all(map(same, shape(arg), self.build.space)):
+        sizes, own = self.build.sizes, self.build.identity()
+        if len(shape(arg)) != len(sizes) or not all(map(same, shape(arg), sizes)):
             raise Unsupported(f"{self.node.target} reduces a tensor of another shape than the region's")
-        own = self.build.identity()
+        if own[-1] != (COLUMN, 0):
+            raise Unsupported(f"{self.node.target} reduces a dimension that is not the last in memory")
         given = self.coords if len(self.coords) == len(own) else (*self.coords, own[-1])
         if given[:-1] != own[:-1]:
             raise Unsupported(f"{self.node.target} is read at other rows than its own")

@@ -19,7 +19,7 @@ from ..base import Region
 from .layout import Access, access_of, expression
 from .rows import reach, reason_against
 from .rules import name_of, read
-from .tail import Tail, coordinates, plan_tail
+from .tail import Tail, plan_tail
 from .values import KINDS, Builder, Unsupported, Value, bound, dense, shape
 
 REDUCTIONS = {"mean": "sum", "sum": "sum", "amax": "max", "amin": "min"}
@@ -151,8 +151,8 @@ def _before(root: fx.Node, members: set[fx.Node]) -> set[fx.Node]:
 
 def _operand(region: Region, source: Any, inner: set[fx.Node], order: list[int],
              device: str) -> tuple[Value, dict[Value, Access]]:  # fmt: skip
-    build = Builder(region, tuple(shape(source)[d] for d in order), device)
-    value = read(build, inner, {}, source, coordinates(build, tuple(order)))
+    build = Builder(region, tuple(shape(source)[d] for d in order), device, tuple(order))
+    value = read(build, inner, {}, source, build.identity())
     reached = reach([value])
     if value.kind != "float32" or any(v.op in ("reduce", "cat", "pick", "gather") for v in reached):
         raise Unsupported("the operand of a reduction over windows is not pointwise")

@@ -48,9 +48,9 @@ class RowLowering:
         return self.plan.tensors
 
     @property
-    def order(self) -> None:
-        """Outputs are contiguous."""
-        return None
+    def order(self) -> tuple[int, ...] | None:
+        """Dimensions of the outputs in memory."""
+        return self.plan.order
 
     @property
     def flops(self) -> int:

@@ -140,6 +140,14 @@ def test_sides_of_a_launch_that_gpus_cannot_count() -> None:
     assert code.dimensions([small, big, small]) == [[0, 1], [2]] and code.dimensions([big, x, big]) == [[0, 1, 2]]
 
 
+def test_results_lie_as_eager_leaves_them() -> None:
+    torch.manual_seed(0)
+    images, gate = torch.randn(2, 3, 5, 24).permute(0, 3, 1, 2), torch.randn(2, 24, 1, 1)
+    assert agree(lambda x, g: x * g.sigmoid() + 1, images, gate)
+    assert agree(lambda x, y: torch.cat([x, y], 1) * 2, images, images[:, :9] + 1)
+    assert agree(lambda x: (x - x.mean(-1, keepdim=True)) * 2, torch.randn(2, 7, 3, 12).transpose(1, 2))
+
+
 def test_expanded_inputs_at_an_odd_address() -> None:
     x = torch.randn(25)[1:].view(4, 1, 6).expand(4, 5, 6)
     assert agree(lambda x: x.exp() + 1, x)
