@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,15 +36,15 @@ class Conv(torch.nn.Module):
         return y if self.tail is None else self.tail(y, *rest)
 
 
-def check(net: Conv, *args: torch.Tensor, dynamic: Any = None, calls: Any = None) -> int:
-    """Compare every schedule with eager in float64, on `args` or on each tuple in `calls`."""
+def check(net: Conv, *args: torch.Tensor, dynamic: Any = None, calls: Any = None, target: Target = TARGET) -> str:
+    """Compare every schedule with eager in float64, on `args` or on each tuple in `calls`. Returns the schedules."""
     program = capture(net.eval(), args, dynamic_shapes=dynamic)
     region = Region.of(n for n in program.graph.nodes if n.op == "call_function" and "sym_size" not in str(n.target))
     backend = TvmBackend(program)
-    assert backend.supports(region, TARGET) is None
-    schedules = list(backend.space(region, TARGET))
+    assert backend.supports(region, target) is None
+    schedules = list(backend.space(region, target))
     for schedule in schedules:
-        kernel = backend.lower(region, TARGET, schedule)
+        kernel = backend.lower(region, target, schedule)
         for values in calls or [args]:
             env = dict(zip(program.inputs, values, strict=True))
             inputs = [env[n] if n in env else program.weights[str(n.target)] for n in region.inputs]
@@ -55,7 +56,7 @@ def check(net: Conv, *args: torch.Tensor, dynamic: Any = None, calls: Any = None
             assert ours.movedim(1, -1).is_contiguous() or 1 in ours.shape
             limit = 2 * (eager - exact).abs().max() + 1e-5 * exact.abs().max()
             assert (ours - exact).abs().max() <= limit, str(schedule)
-    return len(schedules)
+    return " ".join(map(str, schedules))
 
 
 def image(channels: int, rows: int = 9, columns: int = 11, batch: int = 2) -> torch.Tensor:
@@ -122,6 +123,15 @@ def test_padding_by_name(groups: int, window: Any) -> None:
 def test_depthwise_rows_of_all_lengths(columns: int) -> None:
     for options in ({"padding": 1}, {"padding": (1, 2), "stride": 2}, {"padding": 2, "dilation": 2}):
         check(Conv((10, 10), 3, groups=10, **options), image(10, columns=columns).contiguous(memory_format=LAST))
+
+
+@pytest.mark.parametrize("options", [{"padding": 1}, {"stride": 2}, {"padding": 2, "dilation": 2}], ids=str)
+def test_depthwise_asks_for_rows_ahead(options: dict[str, Any]) -> None:
+    """Of images that the cores' own caches do not hold, also beyond the end of the last one."""
+    small = replace(TARGET, caches=(1024, 2048))
+    net = Conv((24, 24), 3, groups=24, **options)
+    assert "ahead=True" in check(net, image(24).contiguous(memory_format=LAST), target=small)
+    assert "ahead=True" not in check(net, image(24))
 
 
 class Signal(Conv):
