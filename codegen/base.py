@@ -18,6 +18,8 @@ from ..passes.text import describe, stable_text
 from ..targets.target import Target
 from .symbols import python_text
 
+KNOWN = ("aten", "prims", "torchlathe")  # namespaces of operators that take tensors of any strides
+
 # a static size; (position of a region input, its dimension); or (operator, extent, ...) as `symbols` names operators
 Extent = int | tuple[Any, ...]
 
@@ -52,12 +54,13 @@ class Region:
     def text(self) -> str:
         """A print that is equal for regions that compute the same function on the same shapes and layouts.
 
-        Symbolic sizes are named in the order in which they occur.
+        Symbolic sizes are named in the order in which they occur. Results whose layout is fixed are marked.
         """
         names = {node: f"in{i}" for i, node in enumerate(self.inputs)}
         head = [f"{names[node]} : {describe(node, strides=True)}" for node in self.inputs]
         body = stable_text(self.nodes, names, strides=True)
-        text = "\n".join([*head, *body, "return " + ", ".join(names[node] for node in self.outputs)])
+        results = (f"{names[n]} as it is" if seen_by_callers(n) else names[n] for n in self.outputs)
+        text = "\n".join([*head, *body, "return " + ", ".join(results)])
         renamed, symbols = dict[str, str](), "|".join(sorted(_symbols((*self.inputs, *self.nodes))))
         return (
             re.sub(rf"\b({symbols})\b", lambda m: renamed.setdefault(m[0], f"d{len(renamed)}"), text)
@@ -73,6 +76,13 @@ class Region:
     def digest(self) -> str:
         """Content hash of `text()`: the key under which kernels and measurements are stored."""
         return hashlib.sha256(self.text().encode()).hexdigest()
+
+
+def seen_by_callers(node: fx.Node) -> bool:
+    """Whether the program returns a value or gives it to foreign code, so that its strides are to be eager's."""
+    if "kept" in node.meta:
+        return bool(node.meta["kept"])
+    return any(user.op == "output" or getattr(user.target, "namespace", "aten") not in KNOWN for user in node.users)
 
 
 def _symbols(nodes: Iterable[fx.Node]) -> set[str]:
@@ -93,6 +103,10 @@ class Schedule:
 
     def __getitem__(self, key: str) -> Any:
         return dict(self.params)[key]
+
+    def get(self, key: str, default: Any) -> Any:
+        """A parameter, or what stands for it in schedules that were stored before it was there."""
+        return dict(self.params).get(key, default)
 
     def __str__(self) -> str:
         return " ".join([self.name, *(f"{k}={v}" for k, v in self.params)])

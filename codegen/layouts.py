@@ -28,7 +28,7 @@ def layout_lines(bind: Callable[[Any, str], str], value: torch.Tensor, name: str
 
 def _dense_order(value: torch.Tensor) -> list[int] | None:
     """The order of dimensions in which a tensor of symbolic size lies dense in memory, None if it has gaps."""
-    hints = [[_hint(s) for s in sizes] for sizes in (value.stride(), value.shape)]
+    hints = [[size_hint(s) for s in sizes] for sizes in (value.stride(), value.shape)]
     order = sorted(range(value.dim()), key=lambda d: (-hints[0][d], -hints[1][d]))
     expected = 1
     for dim in reversed(order):
@@ -38,7 +38,8 @@ def _dense_order(value: torch.Tensor) -> list[int] | None:
     return order
 
 
-def _hint(size: Any) -> int:
+def size_hint(size: Any) -> int:
+    """A size, or that which a symbolic one had when it was traced."""
     return size if isinstance(size, int) else int(size.node.hint or 1)
 
 

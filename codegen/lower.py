@@ -8,8 +8,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from ..passes.errors import LowerError
 from ..passes.program import Program
 from ..targets.target import Target
@@ -18,7 +16,7 @@ from .eager import EagerBackend
 from .executable import Executable
 from .onednn import OnednnBackend
 from .partition import partition
-from .select import Choice, note_orders, select
+from .select import Choice, follow, note_orders, select
 from .tuner import Tuner
 
 CANDIDATES = 4  # schedules that are compiled where none can be timed
@@ -106,22 +104,10 @@ def _likely(program: Program, rivals: Sequence[Backend], target: Target) -> list
                 with contextlib.suppress(LowerError):
                     kernel = _likeliest(backend, region, target)
         if kernel.backend == eager.name and any("traced" in n.meta for n in region.inputs):
-            _follow(program, region)
+            follow(program, region)
         note_orders(region, kernel)
         choices.append(Choice(region, kernel))
     return choices
-
-
-def _follow(program: Program, region: Region) -> None:
-    """Correct the layouts of what torch computes to those that follow from the layouts that kernels before it leave."""
-    for node in region.nodes:
-        before = node.meta.get("val")
-        if isinstance(before, torch.Tensor) and any("traced" in n.meta for n in node.all_input_nodes):
-            if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
-                node.target = torch.ops.aten.reshape.default  # which is what a view is called as
-            program.infer(node)
-            if node.meta["val"].stride() != before.stride():
-                node.meta.setdefault("traced", before)
 
 
 def _likeliest(backend: Backend, region: Region, target: Target) -> Kernel:

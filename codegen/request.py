@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from ..passes.program import Program
 from ..targets.target import Target
-from .base import Region
+from .base import Region, seen_by_callers
 from .graph_json import decode_program, decode_value, encode_program, encode_value
 
 Json = Any
@@ -34,7 +34,7 @@ def encode_request(program: Program, region: Region, values: Sequence[Any], targ
         described.append({"shape": list(value.shape), "stride": list(value.stride()), "device": str(value.device)})
     save_file(tensors, path)
     facts = dataclasses.asdict(target) | {"features": sorted(target.features)}
-    kept = [any(user.op == "output" for user in n.users) for n in region.outputs]
+    kept = [seen_by_callers(n) for n in region.outputs]
     inner = encode_program(extract(program, region))
     return {"program": inner, "kept": kept, "values": described, "tensors": path, "target": facts}
 

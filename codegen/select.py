@@ -14,6 +14,8 @@ from ..passes.verify import difference
 from ..targets.target import Target
 from .base import Backend, Kernel, Region, Schedule, in_memory
 from .eager import EagerBackend
+from .layouts import size_hint
+from .plans.layout import order_in_memory
 from .source import releases
 from .store import kept
 from .trial import Trial, run_kernel
@@ -77,6 +79,10 @@ def select(
                     progress(f"region {number + 1} of {len(regions)}: {choice.kernel.name} by {choice.kernel.backend}")
             choice, results = _run(choice, region, target, values)
             choices.append(choice)
+            if choice.kernel.backend == "eager" and any(
+                "traced" in n.meta and _open(n.meta["val"]) for n in region.inputs
+            ):
+                follow(program, region)
             for node, value in zip(region.outputs, results, strict=True):
                 env[node] = value
                 _note_layouts_of(node, value)
@@ -148,6 +154,31 @@ def _repeat(before: Choice, region: Region, backends: Sequence[Backend], target:
     return Choice(region, kernel, before.rivals, before.refused)
 
 
+def follow(program: Program, region: Region) -> None:
+    """Correct the layouts of what torch computes to those that follow from the layouts that kernels before it leave."""
+    for node in region.nodes:
+        before = node.meta.get("val")
+        if isinstance(before, torch.Tensor) and any("traced" in n.meta for n in node.all_input_nodes):
+            if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                node.target = torch.ops.aten.reshape.default  # which is what a view is called as
+            program.infer(node)
+            if node.meta["val"].stride() != before.stride():
+                node.meta.setdefault("traced", before)
+
+
+def _open(fake: torch.Tensor) -> bool:
+    """Whether a size or stride is known at run time only."""
+    return any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride()))
+
+
+def _lies_so(fake: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a value of open size lies as the graph claims, as far as one can tell: it has no gaps, and its sizes are
+    those of the trace."""
+    sizes, steps = (tuple(size_hint(s) for s in each) for each in (fake.shape, fake.stride()))
+    told = [(a, b) for n, a, b in zip(sizes, steps, value.stride(), strict=True) if n != 1]
+    return sizes != tuple(value.shape) or order_in_memory(value) is None or all(a == b for a, b in told)
+
+
 def _note_layouts(region: Region, values: Sequence[Any]) -> None:
     for node, value in zip(region.inputs, values, strict=True):
         _note_layouts_of(node, value)
@@ -161,7 +192,7 @@ def note_orders(region: Region, kernel: Kernel, symbolic: bool = False) -> None:
     """
     for node, destination in zip(region.outputs, kernel.destinations or (), strict=False):
         fake = node.meta["val"]
-        known = not any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride()))
+        known = not _open(fake)
         if (symbolic and known) or (destination.order is None and not known):
             continue
         own = in_memory(fake, destination.order or tuple(range(fake.dim())))
@@ -175,8 +206,11 @@ def _note_layouts_of(node: fx.Node, value: Any) -> None:
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor) or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return
-    if any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride())) or fake.stride() == value.stride():
+    if fake.stride() == value.stride() if not _open(fake) else _lies_so(fake, value):
         return
     node.meta.setdefault("traced", fake)  # what the caller of the program may rely on
+    if _open(fake):
+        node.meta["val"] = in_memory(fake, order_in_memory(value) or ())
+        return
     with fake.fake_mode:  # type: ignore[attr-defined]
         node.meta["val"] = torch.empty_strided(fake.shape, value.stride(), dtype=fake.dtype, device=fake.device)

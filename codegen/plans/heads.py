@@ -14,11 +14,11 @@ import torch
 from torch import fx
 
 from ...targets.cost import is_free
-from ..base import Region, in_memory
+from ..base import Region, in_memory, seen_by_callers
 from .layout import Access, access_of, expression
 from .moves import RESHAPES
 from .product import LINEAR, MATRIX
-from .rows import Output, equal_shapes, reach, reason_against, seen_by_callers
+from .rows import Output, equal_shapes, reach, reason_against
 from .rules import name_of, read
 from .tail import Tail, first_column
 from .values import COLUMN, KINDS, Builder, Coordinate, Unsupported, Value, same, shape

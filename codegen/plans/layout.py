@@ -31,20 +31,21 @@ def contiguous(tensor: torch.Tensor) -> bool:
 def order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
     """Dimensions from the outermost to the innermost of a (fake) tensor without gaps; None if it has some or overlaps.
 
-    Dimensions of size one stand where they do in the shape, as far as those that count keep their order.
+    Dimensions of size one stand where their stride puts them; those whose stride fits nowhere are the outermost.
     """
-    sizes, strides = ([expression(s) for s in each] for each in (tensor.shape, tensor.stride()))
     if contiguous(tensor):
         return tuple(range(tensor.dim()))
-    left, order, step = [d for d, size in enumerate(sizes) if size != 1], list[int](), sympy.Integer(1)
+    sizes, strides = ([expression(s) for s in each] for each in (tensor.shape, tensor.stride()))
+    left, order, step = list(range(tensor.dim())), list[int](), sympy.Integer(1)
     while left:
-        inner = next((d for d in reversed(left) if equal(strides[d], step)), None)
+        fits = [d for d in reversed(left) if equal(strides[d], step)]
+        inner = next((d for d in fits if sizes[d] == 1), fits[0] if fits else None)
         if inner is None:
-            return None
+            break
         left.remove(inner)
         order.insert(0, inner)
         step = step * sizes[inner]
-    return (*(d for d, size in enumerate(sizes) if size == 1), *order)
+    return (*left, *order) if all(sizes[d] == 1 for d in left) else None
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Iterable
@@ -12,13 +13,15 @@ import sympy
 import torch
 from torch import fx
 
-from ..base import Region, in_memory
-from .layout import Access, access_of, contiguous, equal, expression, merge, order_in_memory
+from ..base import Region, in_memory, seen_by_callers
+from .layout import Access, access_of, contiguous, expression, merge, order_in_memory
+from .moves import RESHAPES, TURNS
 from .rules import RULES, name_of, read
 from .values import KINDS, Builder, Extent, Unsupported, Value, same, shape
 
 REDUCING = {"mean", "sum", "amax", "amin", "var", "layer_norm", "rms_norm",
             "softmax", "_softmax", "log_softmax", "_log_softmax"}  # fmt: skip
+VIEWS = frozenset((*TURNS, "unsqueeze", "squeeze", "slice", "select", "expand"))  # strides change alone
 CHUNK = 4096  # columns of one task when rows were merged into one long row
 
 
@@ -94,21 +97,27 @@ def make(region: Region, device: str = "cpu") -> Plan:
     space = _space(region)
     if any(isinstance(e, int) and e == 0 for e in space):
         raise Unsupported("a region without elements")
-    why: Unsupported | None = None
-    for order in _orders(region, space):
-        try:
-            return _planned(region, space, order, device)
-        except Unsupported as reason:
-            why = why or reason
-    assert why is not None
-    raise why
+    if any(seen_by_callers(n) and _of_an_input(region, n) for n in region.outputs):
+        raise Unsupported("a view of an input that callers see")
+    if _of_images(region, space, device):
+        with contextlib.suppress(Unsupported):  # a reduction over what is not innermost then
+            return _planned(region, space, (0, *range(2, len(space)), 1), device)
+    return _planned(region, space, _order_seen(region, space), device)
 
 
 def _planned(region: Region, sizes: tuple[Extent, ...], order: tuple[int, ...] | None, device: str) -> Plan:
     """The plan of a region whose results have these sizes, or one element less per row, and lie in this order."""
+    outputs = _outputs(region, sizes, order, device)
+    results = [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
+    space = sizes if order is None else tuple(sizes[d] for d in order)
+    plan = _finish(space, [*(n.meta["val"] for n in region.inputs), *results], outputs)
+    plan.order = order
+    return plan
+
+
+def _outputs(region: Region, sizes: tuple[Extent, ...], order: tuple[int, ...] | None, device: str) -> list[Output]:
     space = sizes if order is None else tuple(sizes[d] for d in order)
     build, members, memo = Builder(region, space, device, order), set(region.nodes), dict[Any, Value]()
-    results = [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
     outputs = []
     for k, node in enumerate(region.outputs):
         at, per_row = build.identity(), False
@@ -122,36 +131,51 @@ def _planned(region: Region, sizes: tuple[Extent, ...], order: tuple[int, ...] |
         if per_row and value.vary:
             raise Unsupported(f"the output {node.name} takes one column of a row")
         outputs.append(Output(value, per_row, output_access(len(region.inputs) + k, space, per_row)))
-    plan = _finish(space, [*(n.meta["val"] for n in region.inputs), *results], outputs)
-    plan.order = order
-    return plan
+    return outputs
 
 
-def _orders(region: Region, space: tuple[Extent, ...]) -> list[tuple[int, ...] | None]:
-    """Orders in which the results may lie, the best first.
+def _of_an_input(region: Region, node: fx.Node) -> bool:
+    """Whether a node of a region shows elements of one of its inputs in another way: eager computes nothing for it."""
+    while node in region.nodes and name_of(node) in VIEWS:
+        node = node.all_input_nodes[0]
+    return node not in region.nodes
 
-    What callers of the program see lies as eager leaves it. What is computed from images with channels last keeps them
-    last, as eager would, so that the convolution that reads it finds its own layout; all else is contiguous.
+
+def _order_seen(region: Region, space: tuple[Extent, ...]) -> tuple[int, ...] | None:
+    """The order in which eager leaves those results that callers see; None if it is that of the dimensions, or none."""
+    orders = {order_in_memory(n.meta["val"]) for n in region.outputs if seen_by_callers(n)}
+    if len(orders) != 1 or any(not equal_shapes(shape(n), space) for n in region.outputs):
+        return None
+    (order,) = orders
+    return None if order == tuple(range(len(space))) else order
+
+
+def _of_images(region: Region, space: tuple[Extent, ...], device: str) -> bool:
+    """Whether most of what is read for the results are images with channels last: then the results are such images.
+
+    Eager would keep them so, and the convolution that reads them wants them so. Callers get what the trace says, and an
+    explicit copy is contiguous.
     """
-    natural = tuple(range(len(space)))
-    if any(not equal_shapes(shape(n), space) for n in region.outputs):
-        return [None]
-    if fixed := {order_in_memory(n.meta["val"]) for n in region.outputs if seen_by_callers(n)}:
-        (order, *others) = fixed
-        return [None if others or order == natural else order]
-    copies = any(name_of(n) == "clone" for n in region.outputs)
-    return [None] if copies or not _channels_last(region, len(space)) else [(0, *natural[2:], 1), None]
-
-
-def _channels_last(region: Region, rank: int) -> bool:
-    """Whether most of what a region reads are images with channels last."""
-    votes = 0
-    for value in (n.meta["val"] for n in region.inputs):
-        if value.dim() == rank >= 4 and any(expression(s) != 1 for s in value.shape[2:]):
-            last = equal(expression(value.stride(1)), sympy.Integer(1)) and not contiguous(value)
-            known = math.prod(s for s in value.shape if isinstance(s, int))
-            votes += known if last else -known
+    rank, votes = len(space), 0
+    if rank < 4 or all(e == 1 for e in space[2:]):
+        return False
+    if any(not equal_shapes(shape(n), space) or _wants_contiguous(n) for n in region.outputs):
+        return False
+    tensors = [n.meta["val"] for n in region.inputs]
+    for value in reach([o.value for o in _outputs(region, space, None, device)]):
+        if value.op == "load":
+            strides = access_of(value, tensors, rank).strides
+            inner = [strides[0], *strides[2:], strides[1]]
+            last = strides[1] == 1 and all(a != 0 and not (a - b).is_negative for a, b in itertools.pairwise(inner))
+            read_here = (e for e, s in zip(space, strides, strict=True) if s != 0 and isinstance(e, int))
+            votes += math.prod(read_here) if last else -math.prod(read_here)
     return votes > 0
+
+
+def _wants_contiguous(node: fx.Node) -> bool:
+    """Whether a result is a copy for its layout, or seen by callers, or flattened with its channels in front."""
+    flat = (u for u in node.users if name_of(u) in RESHAPES and not equal_shapes(shape(u)[:2], shape(node)[:2]))
+    return seen_by_callers(node) or name_of(node) in ("clone", "contiguous") or any(flat)
 
 
 def result_of(node: fx.Node) -> torch.Tensor:
@@ -166,11 +190,6 @@ def result_of(node: fx.Node) -> torch.Tensor:
     if symbolic or seen_by_callers(node):
         raise Unsupported(f"the output {node.name} is not contiguous")
     return value.new_empty(value.shape)
-
-
-def seen_by_callers(node: fx.Node) -> bool:
-    """Whether the program returns a value, so that its strides are to be eager's."""
-    return bool(node.meta.get("kept", any(user.op == "output" for user in node.users)))
 
 
 def _space(region: Region) -> tuple[Extent, ...]:

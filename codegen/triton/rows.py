@@ -11,12 +11,11 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
-from ..plans.rows import Plan, elements, make
+from ..plans.rows import VIEWS, Plan, elements, make
 from ..plans.rules import name_of
 from .code import Code, Launch, Sizes, function, module, parts, power_of_two
 from .writer import COMBINE, NEUTRAL, Block, Place, Writer, masked, reduced
 
-VIEWS = frozenset(("unsqueeze", "squeeze", "permute", "transpose", "slice", "select", "expand"))
 RESIDENT = 65536  # columns of a row that one program holds at once
 TILE = 2048  # elements of a tile that is not bound by the length of a row
 

@@ -133,7 +133,7 @@ class DepthwiseLowering:
             int(schedule["pixels"]),
             int(schedule["groups"]),
             worth_threads(self.flops, target),
-            bool(schedule["ahead"]),
+            bool(schedule.get("ahead", False)),
         )
         return function(self.conv, name, form)
 

@@ -124,8 +124,8 @@ class MatmulLowering:
         """The PrimFunc."""
         flops = self.product.flops
         threaded = target.cores > 1 and (flops is None or flops >= SERIAL_BELOW)
-        names = ("rows", "vectors", "tiles", "panels", "depth")
-        rows, vectors, tiles, panels, depth = (int(schedule[k]) for k in names)
+        rows, vectors, tiles, panels = (int(schedule[k]) for k in ("rows", "vectors", "tiles", "panels"))
+        depth = int(schedule.get("depth", 0))
         form = Form(lanes_of(target), rows, vectors, tiles, panels, threaded, len(self.product.parts), depth)
         return function(self.product, name, form)
 

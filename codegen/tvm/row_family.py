@@ -12,17 +12,13 @@ import torch
 from ...passes.program import Program
 from ...targets.target import Target
 from ..base import Region, Schedule
-from ..plans.rows import Plan, elements, make
+from ..plans.rows import VIEWS, Plan, elements, make
 from ..plans.rules import name_of
 from . import rows
 
 # A launch on the shared pool costs about 1 us when its threads are awake and several when they sleep; below this many
 # vector instructions (about 5 us on one core) one thread is faster.
 SERIAL_BELOW = 16_000
-
-VIEWS = frozenset(
-    ("unsqueeze", "squeeze", "permute", "transpose", "slice", "select", "expand")
-)  # eager only changes strides
 
 
 class RowFamily:
