@@ -243,12 +243,18 @@ def paged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torc
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
+def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Heads [batch, heads, tokens, features] turned by their places."""
+    low, high = heads.chunk(2, -1)
+    return heads * cos + torch.cat((-high, low), -1) * sin
+
+
 def rotary(x: torch.Tensor, w: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Attention of 4 heads of 64 features on 2, with queries and keys rotated after one product."""
     (batch, tokens, _), y, heads = x.shape, F.linear(x, w), []
     for start, count in ((0, 4), (256, 2)):
         head = y[..., start : start + 64 * count].view(batch, tokens, count, 64).transpose(1, 2)
-        heads.append(head * cos + torch.cat((-head[..., 32:], head[..., :32]), -1) * sin)
+        heads.append(turned(head, cos, sin))
     value = y[..., 384:].view(batch, tokens, 2, 64).transpose(1, 2)
     return F.scaled_dot_product_attention(*heads, value, is_causal=True, enable_gqa=True)
 

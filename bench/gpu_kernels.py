@@ -14,9 +14,9 @@ from typing import Any
 
 import gpu_tree  # noqa: F401
 import torch
-from gpu_check import paged
+from gpu_check import paged, turned
 from gpu_clock import best_of, ratio_text, time_kernels, time_models
-from gpu_models import tiny
+from gpu_models import MODES, tiny
 from gpu_ours import Net, Ours, Tensors, fastest
 from tokens import classifier
 from torch.nn import functional as F
@@ -280,17 +280,11 @@ def linear(bench: Bench) -> list[Case]:
     return [(f"linear {c}", lambda c=c: case(*c)) for c in LINEAR]
 
 
-def rotary(y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Heads [batch, heads, tokens, features] turned by their places."""
-    low, high = y.chunk(2, -1)
-    return y * cos + torch.cat([-high, low], -1) * sin
-
-
 def projections(n: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Queries, keys and values of grouped attention by one product, the first two turned."""
     parts = F.linear(x, n.w).split([h * n.features for h in (n.heads, n.groups, n.groups)], -1)
     q, k, v = (p.view(*x.shape[:2], -1, n.features).transpose(1, 2) for p in parts)
-    return rotary(q, n.cos, n.sin), rotary(k, n.cos, n.sin), v
+    return turned(q, n.cos, n.sin), turned(k, n.cos, n.sin), v
 
 
 def experts(_: Any, x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -304,11 +298,11 @@ def fused(bench: Bench) -> list[Case]:
 
     def case(what: str, size: str, net: torch.nn.Module, args: Tensors) -> Row:
         ours = fastest(net, args, bench.device, 2 * bench.tried)
-        modes = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-        peers: dict[str, Rival] = {
-            p: (lambda m=m: compiled(net, args, m)) for p, m in modes.items() if p in bench.peers
-        }
-        timings, failed = timed(bench, ours, {"eager": lambda: lambda: net(*args), **peers})
+        rivals: dict[str, Rival] = {"eager": lambda: lambda: net(*args)}
+        for peer in ("compile", "max-autotune"):
+            if peer in bench.peers:
+                rivals[peer] = lambda mode=MODES[peer]: compiled(net, args, mode)
+        timings, failed = timed(bench, ours, rivals)
         return row({"what": what, "size": size, **micros(timings, ("ours", *list(timings)[1:]))}, timings, ours, failed)
 
     def gate(m: int, n: int, k: int) -> Row:

@@ -13,12 +13,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from ..passes.ops import NAMESPACE
 from ..passes.program import Program
 from ..passes.text import describe, stable_text
 from ..targets.target import Target
 from .symbols import python_text
 
-KNOWN = ("aten", "prims", "torchlathe")  # namespaces of operators that take tensors of any strides
+KNOWN = ("aten", "prims", NAMESPACE)  # namespaces of operators that take tensors of any strides
 
 # a static size; (position of a region input, its dimension); or (operator, extent, ...) as `symbols` names operators
 Extent = int | tuple[Any, ...]

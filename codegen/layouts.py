@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .plans.layout import dense_order
+
 
 def layout_lines(bind: Callable[[Any, str], str], value: torch.Tensor, name: str) -> list[str]:
     """Lines that copy a tensor into the layout of `value`, if it comes in another one."""
@@ -18,24 +20,12 @@ def layout_lines(bind: Callable[[Any, str], str], value: torch.Tensor, name: str
         stride = tuple(value.stride())
         restride = bind(_restride, "restride")
         return [f"if {name}.stride() != {stride}: {name} = {restride}({name}, {stride})"]
-    order = _dense_order(value)
+    order = dense_order(*([size_hint(s) for s in each] for each in (value.shape, value.stride())))  # as traced
     if order is None:
         return []
     inverse = tuple(order.index(d) for d in range(len(order)))
-    return [f"if not {name}.permute({tuple(order)}).is_contiguous(): "
-            f"{name} = {name}.permute({tuple(order)}).contiguous().permute({inverse})"]  # fmt: skip
-
-
-def _dense_order(value: torch.Tensor) -> list[int] | None:
-    """The order of dimensions in which a tensor of symbolic size lies dense in memory, None if it has gaps."""
-    hints = [[size_hint(s) for s in sizes] for sizes in (value.stride(), value.shape)]
-    order = sorted(range(value.dim()), key=lambda d: (-hints[0][d], -hints[1][d]))
-    expected = 1
-    for dim in reversed(order):
-        if hints[1][dim] != 1 and hints[0][dim] != expected:
-            return None
-        expected *= hints[1][dim]
-    return order
+    return [f"if not {name}.permute({order}).is_contiguous(): "
+            f"{name} = {name}.permute({order}).contiguous().permute({inverse})"]  # fmt: skip
 
 
 def size_hint(size: Any) -> int:

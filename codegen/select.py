@@ -79,9 +79,8 @@ def select(
                     progress(f"region {number + 1} of {len(regions)}: {choice.kernel.name} by {choice.kernel.backend}")
             choice, results = _run(choice, region, target, values)
             choices.append(choice)
-            if choice.kernel.backend == "eager" and any(
-                "traced" in n.meta and _open(n.meta["val"]) for n in region.inputs
-            ):
+            moved = (n.meta["val"] for n in region.inputs if "traced" in n.meta)
+            if choice.kernel.backend == "eager" and any(map(_open, moved)):
                 follow(program, region)
             for node, value in zip(region.outputs, results, strict=True):
                 env[node] = value
@@ -171,12 +170,20 @@ def _open(fake: torch.Tensor) -> bool:
     return any(isinstance(s, torch.SymInt) for s in (*fake.shape, *fake.stride()))
 
 
-def _lies_so(fake: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether a value of open size lies as the graph claims, as far as one can tell: it has no gaps, and its sizes are
-    those of the trace."""
+def _as_it_lies(fake: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The fake with the layout of its value: itself if it has that, or if nothing can be said.
+
+    Of open sizes that is told from an order without gaps, and where the sizes are those of the trace.
+    """
+    if not _open(fake):
+        if fake.stride() == value.stride():
+            return fake
+        with fake.fake_mode:  # type: ignore[attr-defined]
+            return torch.empty_strided(fake.shape, value.stride(), dtype=fake.dtype, device=fake.device)
     sizes, steps = (tuple(size_hint(s) for s in each) for each in (fake.shape, fake.stride()))
-    told = [(a, b) for n, a, b in zip(sizes, steps, value.stride(), strict=True) if n != 1]
-    return sizes != tuple(value.shape) or order_in_memory(value) is None or all(a == b for a, b in told)
+    same = all(a == b for n, a, b in zip(sizes, steps, value.stride(), strict=True) if n != 1)
+    order = None if same or sizes != tuple(value.shape) else order_in_memory(value)
+    return fake if order is None else in_memory(fake, order)
 
 
 def _note_layouts(region: Region, values: Sequence[Any]) -> None:
@@ -206,11 +213,7 @@ def _note_layouts_of(node: fx.Node, value: Any) -> None:
     fake = node.meta.get("val")
     if not isinstance(fake, torch.Tensor) or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return
-    if fake.stride() == value.stride() if not _open(fake) else _lies_so(fake, value):
-        return
-    node.meta.setdefault("traced", fake)  # what the caller of the program may rely on
-    if _open(fake):
-        node.meta["val"] = in_memory(fake, order_in_memory(value) or ())
-        return
-    with fake.fake_mode:  # type: ignore[attr-defined]
-        node.meta["val"] = torch.empty_strided(fake.shape, value.stride(), dtype=fake.dtype, device=fake.device)
+    own = _as_it_lies(fake, value)
+    if own is not fake:
+        node.meta.setdefault("traced", fake)  # what the caller of the program may rely on
+        node.meta["val"] = own

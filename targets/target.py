@@ -46,6 +46,11 @@ class Target:
     source: Mapping[str, str] = field(default_factory=dict)
     model: str = ""
 
+    @property
+    def second_cache(self) -> int:
+        """Bytes of the second level of cache; a megabyte where it is not known."""
+        return self.caches[1] if len(self.caches) > 1 else 1 << 20
+
 
 class UnknownTargetError(KeyError):
     """No target of that name; the message lists near matches."""

@@ -28,15 +28,12 @@ def contiguous(tensor: torch.Tensor) -> bool:
     return True
 
 
-def order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """Dimensions from the outermost to the innermost of a (fake) tensor without gaps; None if it has some or overlaps.
+def dense_order(sizes: Sequence[Any], strides: Sequence[Any]) -> tuple[int, ...] | None:
+    """Dimensions from the outermost to the innermost of a tensor without gaps; None if it has some or overlaps.
 
     Dimensions of size one stand where their stride puts them; those whose stride fits nowhere are the outermost.
     """
-    if contiguous(tensor):
-        return tuple(range(tensor.dim()))
-    sizes, strides = ([expression(s) for s in each] for each in (tensor.shape, tensor.stride()))
-    left, order, step = list(range(tensor.dim())), list[int](), sympy.Integer(1)
+    left, order, step = list(range(len(sizes))), list[int](), sympy.Integer(1)
     while left:
         fits = [d for d in reversed(left) if equal(strides[d], step)]
         inner = next((d for d in fits if sizes[d] == 1), fits[0] if fits else None)
@@ -46,6 +43,13 @@ def order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
         order.insert(0, inner)
         step = step * sizes[inner]
     return (*left, *order) if all(sizes[d] == 1 for d in left) else None
+
+
+def order_in_memory(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """`dense_order` of a (fake) tensor for all values of its symbols; that of its dimensions if it is contiguous."""
+    if contiguous(tensor):
+        return tuple(range(tensor.dim()))
+    return dense_order(*([expression(s) for s in each] for each in (tensor.shape, tensor.stride())))
 
 
 @dataclass

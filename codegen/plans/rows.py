@@ -17,7 +17,7 @@ from ..base import Region, in_memory, seen_by_callers
 from .layout import Access, access_of, contiguous, expression, merge, order_in_memory
 from .moves import RESHAPES, TURNS
 from .rules import RULES, name_of, read
-from .values import KINDS, Builder, Extent, Unsupported, Value, same, shape
+from .values import KINDS, Builder, Extent, Unsupported, Value, in_order, is_one, same, shape
 
 REDUCING = {"mean", "sum", "amax", "amin", "var", "layer_norm", "rms_norm",
             "softmax", "_softmax", "log_softmax", "_log_softmax"}  # fmt: skip
@@ -58,7 +58,7 @@ class Plan:
     extents: list[sympy.Expr]
     gathers: list[tuple[Value, sympy.Expr]]
     pick: Value | None
-    order: tuple[int, ...] | None = None
+    order: tuple[int, ...] | None
 
     @property
     def stages(self) -> int:
@@ -99,24 +99,18 @@ def make(region: Region, device: str = "cpu") -> Plan:
         raise Unsupported("a region without elements")
     if any(seen_by_callers(n) and _of_an_input(region, n) for n in region.outputs):
         raise Unsupported("a view of an input that callers see")
-    if _of_images(region, space, device):
+    order = _order_seen(region, space)
+    outputs = _outputs(region, space, order, device)
+    if order is None and _of_images(region, space, outputs):
+        last = (0, *range(2, len(space)), 1)
         with contextlib.suppress(Unsupported):  # a reduction over what is not innermost then
-            return _planned(region, space, (0, *range(2, len(space)), 1), device)
-    return _planned(region, space, _order_seen(region, space), device)
-
-
-def _planned(region: Region, sizes: tuple[Extent, ...], order: tuple[int, ...] | None, device: str) -> Plan:
-    """The plan of a region whose results have these sizes, or one element less per row, and lie in this order."""
-    outputs = _outputs(region, sizes, order, device)
-    results = [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
-    space = sizes if order is None else tuple(sizes[d] for d in order)
-    plan = _finish(space, [*(n.meta["val"] for n in region.inputs), *results], outputs)
-    plan.order = order
-    return plan
+            return _finish(region, space, last, _outputs(region, space, last, device))
+    return _finish(region, space, order, outputs)
 
 
 def _outputs(region: Region, sizes: tuple[Extent, ...], order: tuple[int, ...] | None, device: str) -> list[Output]:
-    space = sizes if order is None else tuple(sizes[d] for d in order)
+    """The results of a region, which have these sizes, or one element less per row, and lie in this order."""
+    space = in_order(sizes, order)
     build, members, memo = Builder(region, space, device, order), set(region.nodes), dict[Any, Value]()
     outputs = []
     for k, node in enumerate(region.outputs):
@@ -150,19 +144,19 @@ def _order_seen(region: Region, space: tuple[Extent, ...]) -> tuple[int, ...] | 
     return None if order == tuple(range(len(space))) else order
 
 
-def _of_images(region: Region, space: tuple[Extent, ...], device: str) -> bool:
+def _of_images(region: Region, space: tuple[Extent, ...], outputs: list[Output]) -> bool:
     """Whether most of what is read for the results are images with channels last: then the results are such images.
 
     Eager would keep them so, and the convolution that reads them wants them so. Callers get what the trace says, and an
     explicit copy is contiguous.
     """
     rank, votes = len(space), 0
-    if rank < 4 or all(e == 1 for e in space[2:]):
+    if rank < 4 or all(map(is_one, space[2:])):
         return False
     if any(not equal_shapes(shape(n), space) or _wants_contiguous(n) for n in region.outputs):
         return False
     tensors = [n.meta["val"] for n in region.inputs]
-    for value in reach([o.value for o in _outputs(region, space, None, device)]):
+    for value in reach([o.value for o in outputs]):
         if value.op == "load":
             strides = access_of(value, tensors, rank).strides
             inner = [strides[0], *strides[2:], strides[1]]
@@ -221,7 +215,9 @@ def output_access(position: int, space: tuple[Extent, ...], per_row: bool) -> Ac
     return Access(position, strides[::-1], sympy.Integer(0))
 
 
-def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: list[Output]) -> Plan:
+def _finish(region: Region, sizes: tuple[Extent, ...], order: tuple[int, ...] | None, outputs: list[Output]) -> Plan:
+    results = [result_of(n) if order is None else in_memory(n.meta["val"], order) for n in region.outputs]
+    space, tensors = in_order(sizes, order), [*(n.meta["val"] for n in region.inputs), *results]
     reached = reach([o.value for o in outputs])
     loads = {v: access_of(v, tensors, len(space)) for v in reached if v.op in ("load", "gather", "pick")}
     reductions: dict[int, list[Value]] = {}
@@ -249,7 +245,7 @@ def _finish(space: tuple[Extent, ...], tensors: list[torch.Tensor], outputs: lis
         raise Unsupported("rows are put together at different places")
     if any(v.op == "gather" for v in reach([a for v in (*picks, *(v for v, _ in gathers)) for a in v.args])):
         raise Unsupported("a look-up for some rows only, or by the result of another")
-    return Plan(tensors, outputs, loads, reductions, segments, extents, gathers, picks[0] if picks else None)
+    return Plan(tensors, outputs, loads, reductions, segments, extents, gathers, picks[0] if picks else None, order)
 
 
 def _chunk(extents: list[sympy.Expr], accesses: list[Access]) -> list[sympy.Expr]:

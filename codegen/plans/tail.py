@@ -13,7 +13,20 @@ from ..base import Region, in_memory
 from .layout import Access, access_of
 from .rows import Output, equal_shapes, output_access, reach, reason_against, result_of
 from .rules import name_of, read
-from .values import COLUMN, KINDS, Builder, Coordinate, Extent, Site, Unsupported, Value, bound, broadcast, shape
+from .values import (
+    COLUMN,
+    KINDS,
+    Builder,
+    Coordinate,
+    Extent,
+    Site,
+    Unsupported,
+    Value,
+    bound,
+    broadcast,
+    in_order,
+    shape,
+)
 
 
 @dataclass
@@ -90,7 +103,7 @@ def plan_tail(region: Region, root: fx.Node, addend: fx.Node | None, constants: 
         if (reason := reason_against(node)) is not None:
             raise Unsupported(reason)
     sizes = shape_of_parts(region, root, parts)
-    space = sizes if order is None else tuple(sizes[d] for d in order)
+    space = in_order(sizes, order)
     build, memo = Builder(region, space, device, order), dict[Any, Value]()
     at = build.identity()
     tensors = [*(n.meta["val"] for n in region.inputs), *(torch.empty(0) for _ in range(constants))]

@@ -162,6 +162,11 @@ def _varies(coords: tuple[Coordinate, ...]) -> bool:
     return any(c is not None and c[0] == COLUMN for c in coords)
 
 
+def in_order(sizes: tuple[Extent, ...], order: Sequence[int] | None) -> tuple[Extent, ...]:
+    """Sizes of dimensions that are put into another order; None leaves them."""
+    return sizes if order is None else tuple(sizes[d] for d in order)
+
+
 def is_one(extent: Extent) -> bool:
     """Whether an extent is statically one."""
     return isinstance(extent, int) and extent == 1

@@ -20,7 +20,7 @@ from .layout import Access, access_of, expression
 from .rows import reach, reason_against
 from .rules import name_of, read
 from .tail import Tail, plan_tail
-from .values import KINDS, Builder, Unsupported, Value, bound, dense, shape
+from .values import KINDS, Builder, Unsupported, Value, bound, dense, in_order, shape
 
 REDUCTIONS = {"mean": "sum", "sum": "sum", "amax": "max", "amin": "min"}
 POOLS = {f"{kind}_pool{n}d": how for n in (1, 2, 3)
@@ -151,7 +151,7 @@ def _before(root: fx.Node, members: set[fx.Node]) -> set[fx.Node]:
 
 def _operand(region: Region, source: Any, inner: set[fx.Node], order: list[int],
              device: str) -> tuple[Value, dict[Value, Access]]:  # fmt: skip
-    build = Builder(region, tuple(shape(source)[d] for d in order), device, tuple(order))
+    build = Builder(region, in_order(shape(source), order), device, tuple(order))
     value = read(build, inner, {}, source, build.identity())
     reached = reach([value])
     if value.kind != "float32" or any(v.op in ("reduce", "cat", "pick", "gather") for v in reached):

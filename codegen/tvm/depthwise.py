@@ -121,9 +121,9 @@ class DepthwiseLowering:
 
     def _streams(self, target: Target) -> bool:
         """Whether the images come from further away than the cores' own caches."""
-        conv, cache = self.conv, target.caches[1] if len(target.caches) > 1 else 1 << 20
+        conv = self.conv
         images = int(conv.images) if conv.images.is_Integer else 8
-        return images * math.prod(conv.sizes) * conv.channels * 4 > target.cores * cache
+        return images * math.prod(conv.sizes) * conv.channels * 4 > target.cores * target.second_cache
 
     def function(self, name: str, schedule: Schedule, target: Target) -> Any:
         """The PrimFunc."""
@@ -259,9 +259,8 @@ class _Emitter:
         loop = serial(tap, taps[1] - taps[0], [*inner.statements, *b.statements])
         ends = [finish(conv.tail, self.memory, self.sizes, [image, row, x + integer(k)], channel, [(0, lanes)],
                        partial(_summed, total)) for k, total in enumerate(sums)]  # fmt: skip
-        ahead = (
-            self._ahead(image, row, left, channel, len(inside)) if self.form.ahead and lanes == self.form.lanes else []
-        )
+        asks = self.form.ahead and lanes == self.form.lanes
+        ahead = self._ahead(image, row, left, channel, len(inside)) if asks else []
         return [*start.statements, *ahead, loop, *itertools.chain(*ends)]
 
     def _ahead(self, image: Any, row: Any, left: Any, channel: Any, pixels: int) -> list[Any]:

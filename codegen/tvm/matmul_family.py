@@ -190,8 +190,7 @@ def _cuts(product: Product, height: int, panels: int, target: Target) -> Iterabl
             yield tiles, -(-panels // (SHARES * cores))
         yield tiles, -(-panels // cores)
     if rows is None or tiles >= 2 * cores:
-        cache = target.caches[1] if len(target.caches) > 1 else 1 << 20
-        block = max(1, cache // 2 // (4 * product.depth * product.taps * height))
+        block = max(1, target.second_cache // 2 // (4 * product.depth * product.taps * height))
         rounds = -(-tiles // block)
         rounds = -(-rounds // cores) * cores  # as many blocks for each core
         width = -(-product.columns // panels)
@@ -211,9 +210,8 @@ def _blocks(product: Product, height: int, panels: int, width: int,
     depth = next((d for d in range(most, most // 3, -1) if product.depth % d == 0), 0)
     if not depth:
         return
-    cache = (target.caches[1] if len(target.caches) > 1 else 1 << 20) // 2
     group = max(1, min(panels, BLOCK_COLUMNS // width))
-    tiles = max(1, cache // (4 * height * (depth + group * width)))
+    tiles = max(1, target.second_cache // 2 // (4 * height * (depth + group * width)))
     if rows is not None:
         rounds = -(-rows // (height * tiles))
         tiles = -(-rows // (height * -(-rounds // target.cores) * target.cores))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 pytest.importorskip("tvm")
 
 import torchlathe
-from torchlathe.codegen.base import Schedule
+from torchlathe.codegen.base import Region, Schedule
 from torchlathe.codegen.plans.layout import order_in_memory
 from torchlathe.codegen.tvm.backend import TvmBackend
 from torchlathe.passes.capture import capture
@@ -136,7 +136,7 @@ def test_schedules_of_older_artefacts_still_compile() -> None:
     net = nn.Conv2d(8, 8, 3, padding=1, groups=8).eval()
     x = torch.randn(1, 8, 6, 5)
     program = capture(net, (x,))
-    region = region_of(lambda x: x + 1, (x,))[0].of(n for n in program.graph.nodes if n.op == "call_function")
+    region = Region.of(n for n in program.graph.nodes if n.op == "call_function")
     kernel = TvmBackend(program).lower(region, TARGET, Schedule("depthwise", (("pixels", 4), ("groups", 1))))
     assert kernel.destinations is not None
 
