@@ -22,6 +22,7 @@ import platform
 import random
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,6 +136,7 @@ def run_case(name: str, batch: int, peers: Sequence[str], seconds: float) -> dic
                 row["failed"][peer] = f"{type(reason).__name__}: {str(reason).splitlines()[0][:200]}"
                 continue
             row["build_seconds"][peer], row["error"][peer] = time.perf_counter() - start, error
+            print(f"  {peer} was built in {row['build_seconds'][peer]:.0f} s", file=sys.stderr, flush=True)
             if error > TOLERANCE:
                 row["failed"][peer] = f"wrong by {error:.1e} of the largest value"
             else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 
 from ..passes.placement import device_of
 from ..passes.verify import difference
-from ..targets.measure import compare_many, time_calls
+from ..targets.measure import race, time_calls
 from ..targets.measure_gpu import compare_kernels
 from ..targets.target import Target
 from .base import Backend, Destination, Kernel, Region, Schedule
@@ -21,6 +23,7 @@ from .pages import on_large_pages
 
 Json = Any
 GAIN = 0.97  # a rival must need less than this share of eager's time: a tie goes to the referee
+ENOUGH = 10.0  # seconds that checking candidates may take, beyond the first of each backend
 REFEREE = "eager"  # the label of what all others must agree with
 
 
@@ -91,7 +94,7 @@ def _timed(calls: Mapping[str, Callable[[], Any]], values: Sequence[Any], budget
     elif len(calls) == 1:
         seen = {name: time_calls(call, budget=budget, warmup=1, min_rounds=3) for name, call in calls.items()}
     else:
-        seen = compare_many(calls, budget=budget)
+        seen = race(calls, budget)
     return {name: timing.median for name, timing in seen.items()}
 
 
@@ -123,26 +126,37 @@ def _candidates(
     region: Region, backends: Sequence[Backend], target: Target, values: Sequence[Any], skip: Collection[str],
     only: Collection[str], lasting: tuple[type[Exception], ...], tell: Callable[[str], None],
 ) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
-    """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more."""
+    """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more.
+
+    When checking has taken ENOUGH seconds, it is enough that each backend has had its turn: timing takes four times as
+    long again.
+    """
     referee = EagerBackend().lower(region, target, Schedule())
-    kernels, refused, offered = {REFEREE: referee}, dict[str, str](), dict[str, tuple[Backend, Schedule]]()
+    kernels, refused, spaces = {REFEREE: referee}, dict[str, str](), list[list[tuple[Backend, Schedule]]]()
     for backend in backends:
         if reason := backend.supports(region, target):
             refused[backend.name] = reason
             continue
-        offered |= {f"{backend.name} {schedule}": (backend, schedule) for schedule in backend.space(region, target)}
-    wanted = run_kernel(referee, values) if offered else []
+        spaces.append([(backend, schedule) for schedule in backend.space(region, target)])
+    turns = itertools.chain(*itertools.zip_longest(*spaces))  # each backend's likeliest before anyone's second
+    offered = {f"{backend.name} {schedule}": (backend, schedule) for backend, schedule in filter(None, turns)}
+    wanted, spent = run_kernel(referee, values) if offered else [], 0.0
     allowed = [label for label in offered if label not in skip]
     for labels in ([label for label in allowed if label in only], [label for label in allowed if label not in only]):
         if len(kernels) > 1:
             break
         prepare(backends, region, target, [offered[label] for label in labels])
-        for label in labels:
+        for k, label in enumerate(labels):
+            if k >= len(spaces) and len(kernels) > 1 and spent > ENOUGH:
+                refused |= dict.fromkeys(labels[k:], "not tried: the region is too slow for so many candidates")
+                break
             tell(label)
             backend, schedule = offered[label]
             try:
                 kernel = backend.lower(region, target, schedule)
+                start = time.perf_counter()
                 size, place = difference(run_kernel(kernel, values), wanted)
+                spent += time.perf_counter() - start
             except Exception as error:  # whatever a backend raises costs this candidate only
                 if isinstance(error, lasting):
                     raise

@@ -32,6 +32,7 @@ from .errors import CaptureError
 from .nodes import arguments, erase_unused
 from .program import Program, State
 from .text import where
+from .unflatten import unflatten
 
 aten = torch.ops.aten
 
@@ -232,7 +233,8 @@ def _unique(name: str, taken: Mapping[str, Any]) -> str:
 def clean(program: Program, training: bool = False) -> None:
     """Remove what tracing leaves behind: metadata asserts, no-op casts, aliases, dropout in eval mode, dead nodes.
 
-    Pieces of a tensor become slices of it, so that an operator of several results is not between a value and its parts.
+    Pieces of a tensor become slices of it, so that an operator of several results is not between a value and its parts,
+    and products of flattened rows linear layers.
 
     Raises:
         CaptureError: `training` is set and an operator behaves as in training (dropout, batch statistics).
@@ -250,6 +252,7 @@ def clean(program: Program, training: bool = False) -> None:
             program.graph.erase_node(node)
         elif node.target in (aten.split.Tensor, aten.split_with_sizes.default):
             _slice_pieces(program, node)
+    unflatten(program)
     for node in reversed(list(program.graph.nodes)):
         erase_unused(node)
     for node in list(program.graph.nodes):

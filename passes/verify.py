@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from .text import describe_value, where
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Operators whose result jumps where two values that they compare are nearly equal.
 CHOOSING = {"merge_tokens", "best_tokens", "topk", "sort", "argsort", "argmax", "argmin"}
+PIECE = 1 << 20  # numbers that are compared at a time: the logits of a language model may take gigabytes
+LEAST = 1e-6  # scale of numbers that are all smaller
 ALIKE = 0.999  # agreement of answers whose choices between near equals may differ
 
 
@@ -98,19 +101,45 @@ def _deviation(found: Any, wanted: Any) -> float:
         return 0.0 if torch.equal(found, wanted) else float("inf")
     if wanted.element_size() == 1:
         return _deviation(found.float(), wanted.float())
-    finite = wanted.isfinite()
-    if not torch.equal(finite, found.isfinite()) or not torch.equal(found.isnan(), wanted.isnan()):
+    found, wanted = found.reshape(-1), wanted.reshape(-1)
+    scale = _scale(wanted)
+    sizes = (_relative(a, b, scale) for a, b in zip(found.split(PIECE), wanted.split(PIECE), strict=True))
+    return max(sizes) / TOLERANCE.get(wanted.dtype, 1e-4)
+
+
+def _scale(wanted: torch.Tensor) -> float:
+    """The largest usual number: mask values such as -1e9 set no scale for the others.
+
+    Of many numbers, the median is that of evenly spread ones.
+    """
+    for step in dict.fromkeys((-(-wanted.numel() // PIECE), 1)):
+        some = wanted[::step].abs()
+        some = some[(some > 0) & some.isfinite()].double()
+        if some.numel():
+            break
+    else:
+        return LEAST
+    limit = 1e4 * float(some.median())
+    largest = max(abs(float(v)) for v in wanted.aminmax())
+    if not largest <= limit:  # or it is NaN
+        sizes = (piece.abs().double() for piece in wanted.split(PIECE))
+        largest = max(float(size.where(size <= limit, 0.0).max()) for size in sizes)
+    return max(LEAST, largest)
+
+
+def _relative(found: torch.Tensor, wanted: torch.Tensor, scale: float) -> float:
+    """Largest deviation relative to the numbers' size or the scale; infinite if NaN and Inf are in other places."""
+    kind = torch.promote_types(wanted.dtype, torch.float32)  # a small difference of two numbers is exact
+    a, b = found.to(kind), wanted.to(kind)
+    worst = float(((a - b).abs_() / b.abs().clamp_(min=scale)).max())
+    if math.isfinite(worst):
+        return worst
+    finite, infinite = b.isfinite(), b.isinf()
+    same_places = torch.equal(finite, a.isfinite()) and torch.equal(a.isnan(), b.isnan())
+    if not same_places or not torch.equal(a[infinite], b[infinite]):
         return float("inf")
-    if not torch.equal(found[wanted.isinf()], wanted[wanted.isinf()]):
-        return float("inf")
-    a, b = found[finite].double(), wanted[finite].double()
-    if b.numel() == 0:
-        return 0.0
-    size = b.abs()
-    some = size[size > 0]
-    usual = some[some <= 1e4 * some.median()]  # mask values such as -1e9 set no scale for the others
-    scale = max(float(usual.max()) if usual.numel() else 0.0, 1e-6)
-    return float(((a - b).abs() / size.clamp(min=scale)).max()) / TOLERANCE.get(wanted.dtype, 1e-4)
+    a, b = a[finite].double(), b[finite].double()
+    return float(((a - b).abs() / b.abs().clamp(min=scale)).max()) if b.numel() else 0.0
 
 
 def reason_against(program: Program, found: Sequence[Any], wanted: Sequence[Any]) -> str | None:

@@ -12,8 +12,11 @@ from typing import Any
 Call = Callable[[], Any]
 
 SAMPLE_SECONDS = 50e-6  # a sample shorter than this would mostly measure the clock and the loop
-FEW = 3  # rounds after which a question may be answered
+FEW = 2  # rounds after which a question may be answered: each of the two has been first once
+LONG = 0.5  # seconds of a call that needs no second one to warm up
 MARGIN = 1.01  # ratios within 1% count as equal
+BEHIND = 1.1  # times the seconds of another, beyond noise: such a candidate leaves the race
+SLOW_RACE = 10  # budgets after which some rounds must do
 EXACT_ROUNDS = 100  # above this the binomial's normal approximation is good to one rank
 
 
@@ -101,7 +104,7 @@ def time_calls(fn: Call, *, budget: float = 0.2, warmup: int = 2, min_rounds: in
     return Timing.of(samples)
 
 
-def compare(a: Call, b: Call, *, budget: float = 1.0, min_rounds: int = 7, only_slower: bool = False) -> Comparison:
+def compare(a: Call, b: Call, *, budget: float = 1.0, min_rounds: int = 6, only_slower: bool = False) -> Comparison:
     """Time `a` and `b` interleaved (A B, B A, ...), so that drift and load of the machine hit both alike.
 
     Args:
@@ -109,7 +112,7 @@ def compare(a: Call, b: Call, *, budget: float = 1.0, min_rounds: int = 7, only_
         b: the candidate.
         budget: seconds of sampling for both together.
         min_rounds: rounds to run even if they exceed the budget; fewer than 6 cannot reach 95% confidence.
-        only_slower: whether only `Comparison.slower` is asked. Beyond the budget three rounds then do, if they
+        only_slower: whether only `Comparison.slower` is asked. Beyond the budget two rounds then do, if they
             exclude it: the interval of so few rounds is their whole range, which further ones can only widen.
     """
 
@@ -135,6 +138,35 @@ def compare_many(fns: Mapping[str, Call], budget: float = 1.0, min_rounds: int =
     """
     samples = _interleave(list(fns.values()), budget, 2, min_rounds, None)
     return {name: Timing.of(s) for name, s in zip(fns, samples, strict=True)}
+
+
+def race(fns: Mapping[str, Call], budget: float = 0.1, min_rounds: int = 7) -> dict[str, Timing]:
+    """Time any number of candidates interleaved to find the fastest; those far behind leave when time is short.
+
+    A candidate has lost when its fastest sample is well behind another's slowest. Of calls that take seconds, three
+    rounds must do.
+
+    Args:
+        fns: candidates by name, callables of no arguments.
+        budget: seconds of sampling for all together.
+        min_rounds: rounds to run even if they exceed the budget, but for candidates that have lost.
+
+    Returns:
+        Timings by name, of which only the fastest have been sampled in all rounds.
+    """
+    batches = {name: _batch_size(fn, 2) for name, fn in fns.items()}
+    samples: dict[str, list[float]] = {name: [] for name in fns}
+    start, rounds, running = perf_counter(), 0, list(fns)
+    while running:
+        for i in _order(len(running), rounds):
+            samples[running[i]].append(_sample(fns[running[i]], batches[running[i]]))
+        rounds, spent = rounds + 1, perf_counter() - start
+        if spent >= budget and rounds >= (min_rounds if spent < SLOW_RACE * budget else FEW + 1):
+            break
+        if spent >= budget and rounds >= FEW:
+            limit = BEHIND * min(max(samples[name]) for name in running)
+            running = [name for name in running if min(samples[name]) <= limit]
+    return {name: Timing.of(s) for name, s in samples.items()}
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -195,9 +227,10 @@ def _sample(fn: Call, batch: int) -> float:
 
 
 def _batch_size(fn: Call, warmup: int) -> int:
-    """Calls per sample so that a sample lasts at least SAMPLE_SECONDS, after `warmup` calls."""
+    """Calls per sample so that a sample lasts at least SAMPLE_SECONDS, after `warmup` calls, or one if it is long."""
     for _ in range(warmup - 1):
-        fn()
+        if _sample(fn, 1) > LONG:
+            return 1
     batch = 1
     while (seconds := _sample(fn, batch) * batch) < SAMPLE_SECONDS:
         batch = max(2 * batch, min(math.ceil(batch * SAMPLE_SECONDS / seconds), 1000 * batch))

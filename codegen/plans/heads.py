@@ -13,10 +13,10 @@ import sympy
 import torch
 from torch import fx
 
+from ...passes.nodes import RESHAPES
 from ...targets.cost import is_free
 from ..base import Region, in_memory, seen_by_callers
 from .layout import Access, access_of, expression
-from .moves import RESHAPES
 from .product import LINEAR, MATRIX
 from .rows import Output, equal_shapes, reach, reason_against
 from .rules import name_of, read

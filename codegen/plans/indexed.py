@@ -10,9 +10,10 @@ import sympy
 import torch
 from torch import fx
 
+from ...passes.nodes import RESHAPES
 from ..base import Region
 from .layout import equal, expression
-from .moves import RESHAPES, TURNS, turn_of
+from .moves import TURNS, turn_of
 from .rules import name_of
 from .values import Unsupported, bound, dense
 

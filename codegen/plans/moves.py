@@ -8,7 +8,6 @@ from typing import Any
 from .values import COLUMN, FIXED, KINDS, Coordinate, Site, Unsupported, Value, is_one, shape
 
 Rule = Callable[[Site], Value]
-RESHAPES = ("view", "reshape", "_unsafe_view")
 TURNS = ("permute", "transpose", "t")
 
 

@@ -13,9 +13,10 @@ import sympy
 import torch
 from torch import fx
 
+from ...passes.nodes import RESHAPES
 from ..base import Region, in_memory, seen_by_callers
 from .layout import Access, access_of, contiguous, expression, merge, order_in_memory
-from .moves import RESHAPES, TURNS
+from .moves import TURNS
 from .rules import RULES, name_of, read
 from .values import KINDS, Builder, Extent, Unsupported, Value, in_order, is_one, same, shape
 

@@ -13,7 +13,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from torchlathe import targets
-from torchlathe.codegen import near
+from torchlathe.codegen import near, trial
 from torchlathe.codegen.base import Kernel, Region, Schedule
 from torchlathe.codegen.eager import EagerBackend
 from torchlathe.codegen.trial import Trial
@@ -60,7 +60,7 @@ def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
         numbers = {name: 9 if name == "eager" else int(name.partition("n=")[2]) for name in calls}
         return {name: SimpleNamespace(median=1.0 + abs(number - 5)) for name, number in numbers.items()}
 
-    monkeypatch.setattr("torchlathe.codegen.trial.compare_many", compare)
+    monkeypatch.setattr("torchlathe.codegen.trial.race", compare)
 
 
 class Net(torch.nn.Module):
@@ -142,3 +142,35 @@ def test_the_nearest_trial_counts() -> None:
 @pytest.mark.parametrize("stored", [None, 3, [3], [["a", "b"]], {"a": 1}, [[[1, "x"], []]], [[[8], ["a"], 0]]])
 def test_foreign_records_are_ignored(stored: Any) -> None:
     assert near.winners(stored, [9]) == []
+
+
+def test_where_checking_takes_long_fewer_candidates_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    clock, judged = Clock(), trial.difference
+
+    def slow(*args: Any) -> Any:
+        clock.now += 4.0
+        return judged(*args)
+
+    class Other(Many):
+        name = "other"
+
+    monkeypatch.setattr(trial, "time", clock)
+    monkeypatch.setattr(trial, "difference", slow)
+    x = torch.randn(3, 5, 24)
+    program = capture(Net(), (x,))
+    region = Region.of(n for n in program.graph.nodes if n.op == "call_function")
+    values = [x if n.op == "placeholder" else program.weights[str(n.target)] for n in region.inputs]
+    first, second = Many(), Other([6, 7])
+    found = trial.hold(region, [first, second], HOST, values, 0.1)
+    assert (first.lowered, second.lowered) == ([0, 1], [6])  # in turns, until there is no time
+    assert (found.backend, found.schedule["n"]) == ("other", 6)
+    assert sum("too slow" in why for why in found.refused.values()) == 7
+    second = Other([6], wrong=[6])
+    found = trial.hold(region, [Many(wrong=[0, 1]), second], HOST, values, 0.1)
+    assert (found.backend, found.schedule["n"]) == ("many", 2)  # one that works is waited for

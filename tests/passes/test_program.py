@@ -99,6 +99,13 @@ def test_verify_compares_answers(program):
         (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("nan")]), True),
         (torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("nan")]), False),
         (torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("-inf")]), False),
+        (torch.tensor([1.0, float("inf")]), torch.tensor([1.0, float("nan")]), False),
+        (torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("inf")]), False),
+        (torch.tensor([1.0, float("-inf")]), torch.tensor([1.0, float("-inf")]), True),
+        (torch.tensor([1.01, float("-inf")]), torch.tensor([1.0, float("-inf")]), False),
+        (torch.tensor([float("nan")]), torch.tensor([float("nan")]), True),
+        (torch.tensor([1.0, 3e38]), torch.tensor([1.0, -3e38]), False),
+        (torch.tensor([1.0, 6e4]).half(), torch.tensor([1.0, -6e4]).half(), False),
         (torch.tensor([1.0, 1.0 + 1e-6]), torch.tensor([1.0, 1.0]), True),
         (torch.tensor([1.0, 1.001]), torch.tensor([1.0, 1.0]), False),
         (torch.tensor([0.0, 1e-6, 0.0, 1.0]), torch.tensor([0.0, 0.0, 0.0, 1.0]), True),
@@ -114,6 +121,25 @@ def test_verify_compares_answers(program):
 )
 def test_difference(found, wanted, equal):
     assert (difference([found], [wanted])[0] <= 1) is equal
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+def test_difference_of_many_numbers(dtype, masked):
+    torch.manual_seed(0)
+    wanted = torch.randn(3, 1 << 20).to(dtype)
+    if masked:
+        wanted[:, ::3], wanted[0, 1::7] = -1e9, float("-inf")
+    found = wanted.clone()
+    found[2, -2] += 0.25
+    usual = wanted[wanted > -1e3].double()
+    b = wanted[2, -2].double()
+    formula = (found[2, -2].double() - b).abs() / b.abs().clamp(min=usual.abs().max())
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2}[dtype]
+    expected = pytest.approx(float(formula) / tolerance, rel=1e-5)
+    assert difference([found], [wanted])[0] == expected and difference([found.t()], [wanted.t()])[0] == expected
+    found[2, -1] = float("nan")
+    assert difference([found], [wanted])[0] == float("inf")
 
 
 def test_observe_folds_over_batches(program):

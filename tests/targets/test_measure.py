@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from torchlathe.targets import measure
-from torchlathe.targets.measure import Comparison, Timing, compare, compare_many, median_interval, time_calls
+from torchlathe.targets.measure import Comparison, Timing, compare, compare_many, median_interval, race, time_calls
 
 
 class Clock:
@@ -52,32 +52,34 @@ def test_time_calls_takes_warm_up_rounds_and_budget_as_told(monkeypatch: pytest.
     assert timing.spread == pytest.approx(0, abs=1e-9)
     assert timing.rounds == len(timing.samples) == pytest.approx(50, abs=1)
     assert len(clock.calls) == 3 + timing.rounds  # the last warm-up call also chose the batch size
-    assert time_calls(clock.work("slow", 10.0), budget=0.1, min_rounds=5).rounds == 5
+    begun = len(clock.calls)
+    assert time_calls(clock.work("slow", 10.0), budget=0.1, warmup=3, min_rounds=5).rounds == 5
+    assert len(clock.calls) - begun == 1 + 5  # one long call is warm-up enough
     assert time_calls(clock.work("a", 1e-3), budget=10, max_rounds=20).rounds == 20
 
 
-@pytest.mark.parametrize(("seconds", "rounds"), [(0.9, 3), (1.005, 3), (1.2, 7)])
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.9, 2), (1.005, 2), (1.2, 6)])
 def test_where_only_slower_is_asked_few_rounds_of_long_calls_exclude_it(
     monkeypatch: pytest.MonkeyPatch, seconds: float, rounds: int
 ) -> None:
     clock = use(monkeypatch, Clock())
     seen = compare(clock.work("a", 1.0), clock.work("b", seconds), budget=0.5, only_slower=True)
     assert (seen.a.rounds, seen.slower) == (rounds, seconds > 1.1)
-    assert len(clock.calls) == 2 * (2 + rounds)
-    assert compare(clock.work("a", 1.0), clock.work("b", seconds), budget=0.5).a.rounds == 7
+    assert len(clock.calls) == 2 * (1 + rounds)
+    assert compare(clock.work("a", 1.0), clock.work("b", seconds), budget=0.5).a.rounds == 6
     asked = compare(clock.work("a", 1e-3), clock.work("b", seconds * 1e-3), budget=0.5, only_slower=True)
     assert asked.a.rounds > 100  # within the budget nothing is cut short
 
 
 def test_one_round_that_is_not_slower_ends_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = use(monkeypatch, Clock())
-    turns = iter([1.5, 1.5, 1.5, 1.5, 1.5, 1.0, 1.5, 1.5, 1.5])
+    turns = iter([1.5, 1.5, 1.5, 1.5, 1.0, 1.5, 1.5, 1.5])
 
     def call() -> None:
         clock.now += next(turns)
 
     seen = compare(clock.work("a", 1.0), call, budget=0.5, only_slower=True)
-    assert (seen.a.rounds, seen.slower) == (4, False)  # the first two of the turns warmed up
+    assert (seen.a.rounds, seen.slower) == (4, False)  # the first of the turns warmed up
 
 
 def test_fast_calls_are_batched_to_fifty_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +124,7 @@ def test_less_than_one_percent_is_not_slower(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_order_alternates(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = use(monkeypatch, Clock())
-    compare(clock.work("a", 1.0), clock.work("b", 1.0), budget=0, min_rounds=8)
+    compare(clock.work("a", 0.1), clock.work("b", 0.1), budget=0, min_rounds=8)
     rounds = ["".join(clock.calls[i : i + 2]) for i in range(4, 20, 2)]
     assert rounds.count("ab") == rounds.count("ba") == 4
     assert rounds[:2] == ["ab", "ba"]
@@ -191,3 +193,32 @@ def test_cost_of_measuring_stays_inside_the_budget() -> None:
         elapsed.append(time.perf_counter() - start)
     assert 0.1 <= min(elapsed) < 0.3
     assert statistics.median(elapsed) < 1
+
+
+def test_in_a_race_of_long_calls_those_far_behind_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = use(monkeypatch, Clock())
+    seconds = {"a": 1.05, "b": 1.0, "c": 1.2, "d": 3.0}
+    seen = race({name: clock.work(name, s) for name, s in seconds.items()}, budget=0.1)
+    assert {name: t.rounds for name, t in seen.items()} == {"a": 3, "b": 3, "c": 2, "d": 2}
+    assert {name: clock.calls.count(name) for name in seen} == {"a": 4, "b": 4, "c": 3, "d": 3}  # one warmed up
+    assert {name: t.median for name, t in seen.items()} == pytest.approx(seconds)
+
+
+def test_in_a_race_of_short_calls_everyone_runs_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = use(monkeypatch, Clock())
+    seen = race({"a": clock.work("a", 1e-4), "b": clock.work("b", 1e-3)}, budget=0.1)
+    assert seen["a"].rounds == seen["b"].rounds > 50
+    seen = race({"a": clock.work("a", 0.01), "b": clock.work("b", 0.011)}, budget=0.1)
+    assert seen["a"].rounds == seen["b"].rounds == 7  # little more than the budget
+
+
+def test_in_a_race_one_disturbed_sample_costs_nobody_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = use(monkeypatch, Clock())
+    turns = iter([1.0, 5.0, 1.0, 1.0])
+
+    def disturbed() -> None:
+        clock.now += next(turns)
+
+    seen = race({"a": disturbed, "b": clock.work("b", 2.0)}, budget=0.1)
+    assert (seen["a"].rounds, seen["a"].median) == (3, 1.0)
+    assert race({}, budget=0.1) == {}

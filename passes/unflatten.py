@@ -1,0 +1,71 @@
+"""Products of flattened rows as linear layers of the tensor as it is, which is how most models spell them."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .nodes import RESHAPES, arguments, erase_unused, expression, operator_name
+from .program import Program
+
+aten = torch.ops.aten
+
+
+def unflatten(program: Program) -> int:
+    """Rewrite every such product; returns how many there were.
+
+        y = view(addmm(bias, view(x, [b * t, k]), weight), [b, t, n])  -->  y = linear(x, weight.t(), bias)
+
+    Libraries that keep a weight as [inputs, outputs] write this, and so do programs that torch has taken apart into its
+    core operators. The views would stand between the product and what follows it.
+    """
+    found, turned = 0, dict[fx.Node, fx.Node]()
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and operator_name(node) in ("addmm", "mm", "matmul"):
+            found += _unflattened(program, node, turned)
+    return found
+
+
+def _unflattened(program: Program, node: fx.Node, turned: dict[fx.Node, fx.Node]) -> bool:
+    given = arguments(node)
+    plain = given.get("alpha", 1) == 1 and given.get("beta", 1) == 1
+    rows, weight, bias = (given["mat1"], given["mat2"], given["self"]) if "mat1" in given else (*node.args[:2], None)
+    if not plain or operator_name(rows) not in RESHAPES or (bias is not None and bias.meta["val"].dim() != 1):
+        return False
+    if rows.meta["val"].dim() != 2 or weight.meta["val"].dim() != 2:  # a batch of products
+        return False
+    x, width = rows.args[0], node.meta["val"].shape[-1]
+    lead = list(map(expression, x.meta["val"].shape[:-1]))
+    if len(lead) < 2 or expression(x.meta["val"].shape[-1]) != expression(rows.meta["val"].shape[-1]):
+        return False
+    if bias is not None and expression(bias.meta["val"].shape[0]) != expression(width):
+        return False
+    seen = [*lead, expression(width)]
+    users = list(node.users)
+    if not users or any(operator_name(u) not in RESHAPES or list(map(expression, u.meta["val"].shape)) != seen
+                        for u in users):  # fmt: skip
+        return False
+    across = turned.get(weight) or turned.setdefault(weight, _transposed(program, weight, node))
+    linear = program.call(aten.linear.default, x, across, bias, before=node, like=node)
+    if linear.meta["val"].stride() == users[0].meta["val"].stride():
+        for user in users:
+            user.replace_all_uses_with(linear)
+        for user in users:
+            erase_unused(user)
+        return True
+    erase_unused(linear)
+    return False
+
+
+def _transposed(program: Program, weight: fx.Node, before: fx.Node) -> fx.Node:
+    """A matrix the other way round: what it is a transposition of, if it is one, or a view of a constant weight."""
+    name, given = operator_name(weight), arguments(weight) if weight.op == "call_function" else {}
+    turned = (name == "transpose" and given["dim0"] % 2 != given["dim1"] % 2) or (
+        name == "permute" and [d % 2 for d in given["dims"]] == [1, 0]
+    )
+    if name == "t" or turned:
+        (source,) = weight.all_input_nodes
+        return source
+    if (value := program.constant(weight)) is not None:
+        return program.weight(f"{weight.target}_t", value.t())
+    return program.call(aten.t.default, weight, before=before)
