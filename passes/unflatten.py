@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -29,7 +31,8 @@ def unflatten(program: Program) -> int:
 def _unflattened(program: Program, node: fx.Node, turned: dict[fx.Node, fx.Node]) -> bool:
     given = arguments(node)
     plain = given.get("alpha", 1) == 1 and given.get("beta", 1) == 1
-    rows, weight, bias = (given["mat1"], given["mat2"], given["self"]) if "mat1" in given else (*node.args[:2], None)
+    operands: Any = (given["mat1"], given["mat2"], given["self"]) if "mat1" in given else (*node.args[:2], None)
+    rows, weight, bias = operands
     if not plain or operator_name(rows) not in RESHAPES or (bias is not None and bias.meta["val"].dim() != 1):
         return False
     if rows.meta["val"].dim() != 2 or weight.meta["val"].dim() != 2:  # a batch of products

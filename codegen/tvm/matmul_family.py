@@ -173,7 +173,10 @@ def _tiles(target: Target, rows: int | None) -> tuple[tuple[int, int], ...]:
     if rows is not None and rows < 6:  # few rows: more vectors keep enough sums in flight
         return tuple(dict.fromkeys((rows, v) for v in (8, budget // rows, 4) if rows * v <= budget))
     found = TILES if wide else SMALL_TILES
-    return found if rows is None else tuple(sorted(found, key=lambda t: -(-rows // t[0]) * t[0]))
+    if rows is None:
+        return found
+    # rows that a tile computes for nothing, in steps of 2%: less than that decides nothing between tiles
+    return tuple(sorted(found, key=lambda t: (-(-rows // t[0]) * t[0] - rows) * 50 // rows))
 
 
 def _cuts(product: Product, height: int, panels: int, target: Target) -> Iterable[tuple[int, int]]:
