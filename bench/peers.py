@@ -21,6 +21,7 @@ import os
 import platform
 import random
 import resource
+import signal
 import statistics
 import sys
 import time
@@ -190,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--table", type=Path)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # which ends the process of the case as well
     if options.quick:
         options.batch, options.seconds = [1], 4.0
         options.peers = [p for p in options.peers if p != "inductor-max"]

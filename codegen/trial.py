@@ -24,6 +24,7 @@ from .pages import on_large_pages
 Json = Any
 GAIN = 0.97  # a rival must need less than this share of eager's time: a tie goes to the referee
 ENOUGH = 10.0  # seconds that checking candidates may take, beyond the first of each backend
+TIMING = "timing"  # what is told when no candidate is to blame
 REFEREE = "eager"  # the label of what all others must agree with
 
 
@@ -70,14 +71,15 @@ def hold(
         skip: labels of candidates that are known to fail.
         only: labels of candidates to try; all, if this is empty or if none of them works here.
         lasting: errors of a candidate that say nothing about it, and are raised; all others cost it alone.
-        tell: called with the label of each candidate before it is made, and with "timing".
+        tell: called with the label of each candidate before it is made, and with TIMING before each round of timing.
     """
     kernels, refused = _candidates(region, backends, target, values, skip, only, lasting, tell)
     calls = {name: _bound(kernel, values) for name, kernel in kernels.items()}
-    tell("timing")
+    tell(TIMING)
     if len(calls) == 1:
-        return Trial(seconds=_timed(calls, values, 0.01)[REFEREE], refused=refused, kernel=kernels[REFEREE])
-    rivals = _timed(calls, values, budget)
+        seconds = _timed(calls, values, 0.01, tell)[REFEREE]
+        return Trial(seconds=seconds, refused=refused, kernel=kernels[REFEREE])
+    rivals = _timed(calls, values, budget, tell)
     best = min(rivals, key=rivals.__getitem__)
     if best != REFEREE and rivals[best] > GAIN * rivals[REFEREE]:
         refused[best] = "not measurably faster than eager"
@@ -86,7 +88,9 @@ def hold(
     return Trial(kernel.backend, kernel.schedule, rivals[best], rivals, refused, kernel)
 
 
-def _timed(calls: Mapping[str, Callable[[], Any]], values: Sequence[Any], budget: float) -> dict[str, float]:
+def _timed(
+    calls: Mapping[str, Callable[[], Any]], values: Sequence[Any], budget: float, tell: Callable[[str], None]
+) -> dict[str, float]:
     """Median seconds of each candidate."""
     device = device_of(values)
     if device.type == "cuda":
@@ -94,7 +98,7 @@ def _timed(calls: Mapping[str, Callable[[], Any]], values: Sequence[Any], budget
     elif len(calls) == 1:
         seen = {name: time_calls(call, budget=budget, warmup=1, min_rounds=3) for name, call in calls.items()}
     else:
-        seen = race(calls, budget)
+        seen = race(calls, budget, tell=lambda: tell(TIMING))
     return {name: timing.median for name, timing in seen.items()}
 
 
@@ -128,8 +132,7 @@ def _candidates(
 ) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
     """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more.
 
-    When checking has taken ENOUGH seconds, it is enough that each backend has had its turn: timing takes four times as
-    long again.
+    When that has taken ENOUGH seconds, it is enough that each backend has had its turn: timing takes longer still.
     """
     referee = EagerBackend().lower(region, target, Schedule())
     kernels, refused, spaces = {REFEREE: referee}, dict[str, str](), list[list[tuple[Backend, Schedule]]]()
@@ -140,18 +143,21 @@ def _candidates(
         spaces.append([(backend, schedule) for schedule in backend.space(region, target)])
     turns = itertools.chain(*itertools.zip_longest(*spaces))  # each backend's likeliest before anyone's second
     offered = {f"{backend.name} {schedule}": (backend, schedule) for backend, schedule in filter(None, turns)}
-    wanted, spent = run_kernel(referee, values) if offered else [], 0.0
+    start, tried = time.perf_counter(), set[str]()
+    wanted = run_kernel(referee, values) if offered else []
+    spent = time.perf_counter() - start
     allowed = [label for label in offered if label not in skip]
     for labels in ([label for label in allowed if label in only], [label for label in allowed if label not in only]):
         if len(kernels) > 1:
             break
         prepare(backends, region, target, [offered[label] for label in labels])
-        for k, label in enumerate(labels):
-            if k >= len(spaces) and len(kernels) > 1 and spent > ENOUGH:
-                refused |= dict.fromkeys(labels[k:], "not tried: the region is too slow for so many candidates")
-                break
-            tell(label)
+        for label in labels:
             backend, schedule = offered[label]
+            if spent > ENOUGH and len(kernels) > 1 and backend.name in tried:
+                refused[label] = "not tried: the region is too slow for so many candidates"
+                continue
+            tell(label)
+            tried.add(backend.name)
             try:
                 kernel = backend.lower(region, target, schedule)
                 start = time.perf_counter()

@@ -21,7 +21,7 @@ from ..targets.target import Target, fingerprint
 from . import near
 from .base import Backend, Region
 from .request import encode_request
-from .trial import REFEREE, Trial, decode_trial, encode_trial, guess, hold
+from .trial import REFEREE, TIMING, Trial, decode_trial, encode_trial, guess, hold
 from .versions import fingerprint_of_code, versions
 from .workshop import workshop
 
@@ -120,7 +120,7 @@ class Tuner:
                     return trial
                 # a child that answers failed as a whole: on a GPU it may lack memory for a context and the values
                 alive = target.device == "cuda" and not answer.get("ended")
-                if answer["trying"] == "timing" and not alive:
+                if answer["trying"] == TIMING and not alive:
                     return Trial(refused={**skip, "all": answer["failed"]})
                 if answer["trying"] == "start" or alive:
                     self.notes.append(f"tried in this process, since the child process failed: {answer['failed']}")

@@ -12,7 +12,7 @@ from torch import fx
 
 from .. import targets
 from ..codegen.executable import Executable
-from ..passes.capture import capture_graph
+from ..passes.capture import capture_graph, clean
 from ..passes.errors import LatheError, UnknownNameError
 from ..passes.placement import device_of
 from ..passes.program import Program
@@ -181,4 +181,6 @@ def _bind(program: Program, constants: dict[int, torch.Tensor]) -> Program:
     kept = [i for i in range(len(inputs)) if i not in constants]
     state = tuple(replace(s, slot=kept.index(s.slot)) if isinstance(s.slot, int) else s for s in program.state)
     in_spec = pytree.tree_flatten((tuple(range(len(kept))), {}))[1]
-    return replace(program, weights=weights, state=state, in_spec=in_spec)
+    bound = replace(program, weights=weights, state=state, in_spec=in_spec)
+    clean(bound)  # once more: now it is seen what is constant
+    return bound

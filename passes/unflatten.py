@@ -19,11 +19,11 @@ def unflatten(program: Program) -> int:
         y = view(addmm(bias, view(x, [b * t, k]), weight), [b, t, n])  -->  y = linear(x, weight.t(), bias)
 
     Libraries that keep a weight as [inputs, outputs] write this, and so do programs that torch has taken apart into its
-    core operators. The views would stand between the product and what follows it.
+    core operators. The views would stand between the product and what follows it. Rows of a matrix stay as they are.
     """
     found, turned = 0, dict[fx.Node, fx.Node]()
     for node in list(program.graph.nodes):
-        if node.op == "call_function" and operator_name(node) in ("addmm", "mm", "matmul"):
+        if node.target in (aten.addmm.default, aten.mm.default, aten.matmul.default):
             found += _unflattened(program, node, turned)
     return found
 
@@ -48,20 +48,27 @@ def _unflattened(program: Program, node: fx.Node, turned: dict[fx.Node, fx.Node]
     if not users or any(operator_name(u) not in RESHAPES or list(map(expression, u.meta["val"].shape)) != seen
                         for u in users):  # fmt: skip
         return False
-    across = turned.get(weight) or turned.setdefault(weight, _transposed(program, weight, node))
+    across = turned.get(weight) or _transposed(program, weight)
+    if across is None:
+        return False
+    turned[weight] = across
     linear = program.call(aten.linear.default, x, across, bias, before=node, like=node)
-    if linear.meta["val"].stride() == users[0].meta["val"].stride():
-        for user in users:
-            user.replace_all_uses_with(linear)
-        for user in users:
-            erase_unused(user)
-        return True
-    erase_unused(linear)
-    return False
+    made, wanted = linear.meta["val"], users[0].meta["val"]
+    if made.stride() != wanted.stride() or made.dtype != wanted.dtype:
+        program.graph.erase_node(linear)
+        return False
+    for user in users:
+        user.replace_all_uses_with(linear)
+    for user in users:
+        erase_unused(user)
+    return True
 
 
-def _transposed(program: Program, weight: fx.Node, before: fx.Node) -> fx.Node:
-    """A matrix the other way round: what it is a transposition of, if it is one, or a view of a constant weight."""
+def _transposed(program: Program, weight: fx.Node) -> fx.Node | None:
+    """A matrix the other way round: what it is a transposition of, or a view of a constant weight.
+
+    None for one that is computed or an input: as an operand like any other, it is better left in place.
+    """
     name, given = operator_name(weight), arguments(weight) if weight.op == "call_function" else {}
     turned = (name == "transpose" and given["dim0"] % 2 != given["dim1"] % 2) or (
         name == "permute" and [d % 2 for d in given["dims"]] == [1, 0]
@@ -69,6 +76,5 @@ def _transposed(program: Program, weight: fx.Node, before: fx.Node) -> fx.Node:
     if name == "t" or turned:
         (source,) = weight.all_input_nodes
         return source
-    if (value := program.constant(weight)) is not None:
-        return program.weight(f"{weight.target}_t", value.t())
-    return program.call(aten.t.default, weight, before=before)
+    value = program.constant(weight)
+    return None if value is None else program.weight(f"{weight.target}_t", value.t())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,16 +111,20 @@ def _deviation(found: Any, wanted: Any) -> float:
 def _scale(wanted: torch.Tensor) -> float:
     """The largest usual number: mask values such as -1e9 set no scale for the others.
 
-    Of many numbers, the median is that of evenly spread ones.
+    Of many numbers, the median is that of evenly spread ones. Their step shares no divisor with a dimension: else it
+    would go down some columns only.
     """
-    for step in dict.fromkeys((-(-wanted.numel() // PIECE), 1)):
-        some = wanted[::step].abs()
+    step = -(-wanted.numel() // PIECE)
+    while math.gcd(step, wanted.numel()) > 1:
+        step += 1
+    for every in dict.fromkeys((step, 1)):
+        some = wanted[::every].abs()
         some = some[(some > 0) & some.isfinite()].double()
         if some.numel():
             break
     else:
         return LEAST
-    limit = 1e4 * float(some.median())
+    limit = min(1e4 * float(some.median()), sys.float_info.max)
     largest = max(abs(float(v)) for v in wanted.aminmax())
     if not largest <= limit:  # or it is NaN
         sizes = (piece.abs().double() for piece in wanted.split(PIECE))

@@ -16,7 +16,6 @@ FEW = 2  # rounds after which a question may be answered: each of the two has be
 LONG = 0.5  # seconds of a call that needs no second one to warm up
 MARGIN = 1.01  # ratios within 1% count as equal
 BEHIND = 1.1  # times the seconds of another, beyond noise: such a candidate leaves the race
-SLOW_RACE = 10  # budgets after which some rounds must do
 EXACT_ROUNDS = 100  # above this the binomial's normal approximation is good to one rank
 
 
@@ -140,32 +139,43 @@ def compare_many(fns: Mapping[str, Call], budget: float = 1.0, min_rounds: int =
     return {name: Timing.of(s) for name, s in zip(fns, samples, strict=True)}
 
 
-def race(fns: Mapping[str, Call], budget: float = 0.1, min_rounds: int = 7) -> dict[str, Timing]:
+def race(
+    fns: Mapping[str, Call], budget: float = 0.1, min_rounds: int = 7, tell: Callable[[], None] = lambda: None
+) -> dict[str, Timing]:
     """Time any number of candidates interleaved to find the fastest; those far behind leave when time is short.
 
     A candidate has lost when its fastest sample is well behind another's slowest. Of calls that take seconds, three
     rounds must do.
 
     Args:
-        fns: candidates by name, callables of no arguments.
+        fns: candidates by name, callables of no arguments that have been called before.
         budget: seconds of sampling for all together.
         min_rounds: rounds to run even if they exceed the budget, but for candidates that have lost.
+        tell: called before each round.
 
     Returns:
-        Timings by name, of which only the fastest have been sampled in all rounds.
+        Timings by name. Samples of one that has left are those that it would have had in the fastest one's rounds.
     """
-    batches = {name: _batch_size(fn, 2) for name, fn in fns.items()}
+    tell()
+    batches = {name: _batch_size(fn, 1) for name, fn in fns.items()}
     samples: dict[str, list[float]] = {name: [] for name in fns}
     start, rounds, running = perf_counter(), 0, list(fns)
     while running:
+        tell()
         for i in _order(len(running), rounds):
-            samples[running[i]].append(_sample(fns[running[i]], batches[running[i]]))
-        rounds, spent = rounds + 1, perf_counter() - start
-        if spent >= budget and rounds >= (min_rounds if spent < SLOW_RACE * budget else FEW + 1):
+            samples[running[i]].append(_next(fns[running[i]], batches, running[i]))
+        rounds += 1
+        if perf_counter() - start < budget:
+            continue
+        lead = min(max(samples[name]) for name in running)
+        if rounds >= (FEW + 1 if lead > LONG else min_rounds):
             break
-        if spent >= budget and rounds >= FEW:
-            limit = BEHIND * min(max(samples[name]) for name in running)
-            running = [name for name in running if min(samples[name]) <= limit]
+        if rounds >= FEW:
+            running = [name for name in running if min(samples[name]) <= BEHIND * lead]
+    best = min((samples[name] for name in running), key=statistics.median, default=[])
+    for name in samples.keys() - set(running):  # the machine may have been faster then, or slower
+        behind = statistics.median(x / y for x, y in zip(samples[name], best, strict=False))
+        samples[name] = [behind * x for x in best]
     return {name: Timing.of(s) for name, s in samples.items()}
 
 
@@ -201,7 +211,7 @@ def _interleave(
     start, rounds = perf_counter(), 0
     while fns and (rounds < max(min_rounds, 1) or perf_counter() - start < budget):
         for i in _order(len(fns), rounds):
-            samples[i].append(_sample(fns[i], batches[i]))
+            samples[i].append(_next(fns[i], batches, i))
         rounds += 1
         if max_rounds is not None and rounds >= max_rounds:
             break
@@ -224,6 +234,15 @@ def _sample(fn: Call, batch: int) -> float:
         fn()
     # a clock that did not advance must not turn into a division by zero
     return max(perf_counter() - start, 1e-9) / batch
+
+
+def _next(fn: Call, batches: Any, which: Any) -> float:
+    """One more sample; of a larger batch if it is far too short, as after a first call in which something was made."""
+    seconds = _sample(fn, batches[which])
+    if seconds * batches[which] < SAMPLE_SECONDS / 2:
+        batches[which] = _batch_size(fn, 1)
+        seconds = _sample(fn, batches[which])
+    return seconds
 
 
 def _batch_size(fn: Call, warmup: int) -> int:

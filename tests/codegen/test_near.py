@@ -56,7 +56,7 @@ class Many:
 def known_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times by the number of the schedule, so that nothing depends on how busy the machine is."""
 
-    def compare(calls: Mapping[str, Any], budget: float) -> dict[str, Any]:
+    def compare(calls: Mapping[str, Any], budget: float, tell: Any) -> dict[str, Any]:
         numbers = {name: 9 if name == "eager" else int(name.partition("n=")[2]) for name in calls}
         return {name: SimpleNamespace(median=1.0 + abs(number - 5)) for name, number in numbers.items()}
 
@@ -171,6 +171,9 @@ def test_where_checking_takes_long_fewer_candidates_are_made(monkeypatch: pytest
     assert (first.lowered, second.lowered) == ([0, 1], [6])  # in turns, until there is no time
     assert (found.backend, found.schedule["n"]) == ("other", 6)
     assert sum("too slow" in why for why in found.refused.values()) == 7
+    first, second = Many(range(3)), Other([6, 7])
+    trial.hold(region, [first, second], HOST, values, 0.1, skip=[f"other {Schedule('s', (('n', 6),))}"])
+    assert (first.lowered, second.lowered) == ([0, 1], [7])  # the first that is not known to fail has its turn
     second = Other([6], wrong=[6])
     found = trial.hold(region, [Many(wrong=[0, 1]), second], HOST, values, 0.1)
     assert (found.backend, found.schedule["n"]) == ("many", 2)  # one that works is waited for

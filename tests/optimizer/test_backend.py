@@ -84,6 +84,27 @@ def test_weights_that_keep_changing_are_not_compiled_for_ever():
     assert made[0].compiled == backend.VARIANTS
 
 
+def test_weights_kept_the_other_way_round_are_constants_too():
+    from torchlathe.optimizer import backend
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(24, 32)), nn.Parameter(torch.randn(32))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x.view(-1, 24), self.weight).view(*x.shape[:2], 32).relu()
+
+    made, model, x = [], Rows().eval(), torch.randn(2, 3, 24)
+    compiled = torch.compile(model, backend=lambda *graph: made.append(backend._Door(graph[0], False)) or made[0])
+    with torch.no_grad():
+        same(compiled(x), model(x))
+    ((_, executable),) = made[0].variants
+    calls = [n for n in executable.program.graph.nodes if n.op == "call_function"]
+    assert [n.target for n in calls] == [torch.ops.aten.linear.default, torch.ops.aten.relu.default]
+    assert executable.program.constant(calls[0].args[1]).data_ptr() == model.weight.data_ptr()
+
+
 def test_training_and_gradients_run_unchanged():
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)).train()
     compiled = torch.compile(model, backend="torchlathe")

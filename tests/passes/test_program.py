@@ -123,6 +123,18 @@ def test_difference(found, wanted, equal):
     assert (difference([found], [wanted])[0] <= 1) is equal
 
 
+@pytest.mark.parametrize("columns", [2, 32768, 3])
+def test_columns_of_masked_numbers_hide_no_difference(columns):
+    torch.manual_seed(0)
+    wanted = torch.randn((3 << 20) // columns, columns)
+    wanted[:, ::32] = -1e9
+    found = wanted.clone()
+    found[:, 1::32] = 0.0
+    assert difference([found], [wanted])[0] > 1000
+    assert difference([torch.tensor([5.0, float("inf")]).double()],
+                      [torch.tensor([1e308, float("inf")]).double()])[0] > 1  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_difference_of_many_numbers(dtype, masked):

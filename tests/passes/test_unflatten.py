@@ -12,6 +12,7 @@ from torch.export import Dim
 
 from torchlathe.passes.capture import capture
 from torchlathe.passes.program import Program
+from torchlathe.passes.unflatten import unflatten
 from torchlathe.passes.verify import well_formed
 
 aten = torch.ops.aten
@@ -117,6 +118,28 @@ def test_a_square_weight_that_is_turned_twice() -> None:
 
     x, model = torch.randn(2, 3, 6), Square().eval()
     program = capture(model, (x,))
-    assert names(program).count("linear") == 3
+    assert names(program).count("linear") == 1  # only a transposition is one
     with torch.no_grad():
         torch.testing.assert_close(program(x), model(x))
+
+
+def test_a_matrix_that_is_an_input_is_an_operand_like_any_other() -> None:
+    def forward(m: Flat, x: torch.Tensor) -> torch.Tensor:
+        return (x.view(-1, 6) @ x[0, :, :5]).view(2, 6, 5)
+
+    _, program = captured(forward, torch.randn(2, 6, 6))
+    assert "linear" not in names(program) and "matmul" in names(program)
+
+
+def test_a_product_with_a_dtype_of_its_own_stays() -> None:
+    program = capture(nn.Sequential(nn.Linear(6, 5)), (torch.randn(2, 3, 6),))
+    (linear,) = [n for n in program.graph.nodes if n.op == "call_function"]
+    x, weight, bias = linear.args
+    rows = program.call(aten.view.default, x, [6, 6], before=linear)
+    across = program.call(aten.t.default, weight, before=linear)
+    with program.graph.inserting_before(linear):
+        product = program.graph.call_function(aten.addmm.dtype, (bias, rows, across, torch.float64))
+    product.meta["val"] = linear.meta["val"].new_empty(6, 5, dtype=torch.float64)
+    view = program.call(aten.view.default, product, [2, 3, 5], before=linear)
+    linear.replace_all_uses_with(view)
+    assert unflatten(program) == 0

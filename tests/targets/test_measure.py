@@ -196,20 +196,44 @@ def test_cost_of_measuring_stays_inside_the_budget() -> None:
 
 
 def test_in_a_race_of_long_calls_those_far_behind_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = use(monkeypatch, Clock())
+    clock, told = use(monkeypatch, Clock()), list[int]()
     seconds = {"a": 1.05, "b": 1.0, "c": 1.2, "d": 3.0}
-    seen = race({name: clock.work(name, s) for name, s in seconds.items()}, budget=0.1)
-    assert {name: t.rounds for name, t in seen.items()} == {"a": 3, "b": 3, "c": 2, "d": 2}
+    calls = {name: clock.work(name, s) for name, s in seconds.items()}
+    seen = race(calls, budget=0.1, tell=lambda: told.append(len(clock.calls)))
     assert {name: clock.calls.count(name) for name in seen} == {"a": 4, "b": 4, "c": 3, "d": 3}  # one warmed up
     assert {name: t.median for name, t in seen.items()} == pytest.approx(seconds)
+    assert told == [0, 4, 8, 12]  # before the first calls and each round
 
 
-def test_in_a_race_of_short_calls_everyone_runs_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("fast", "slow", "rounds"), [(0.01, 0.011, 7), (0.2, 0.21, 7), (0.04, 0.048, 7)])
+def test_in_a_race_of_short_calls_those_near_run_to_the_end(
+    monkeypatch: pytest.MonkeyPatch, fast: float, slow: float, rounds: int
+) -> None:
     clock = use(monkeypatch, Clock())
     seen = race({"a": clock.work("a", 1e-4), "b": clock.work("b", 1e-3)}, budget=0.1)
-    assert seen["a"].rounds == seen["b"].rounds > 50
-    seen = race({"a": clock.work("a", 0.01), "b": clock.work("b", 0.011)}, budget=0.1)
-    assert seen["a"].rounds == seen["b"].rounds == 7  # little more than the budget
+    assert seen["a"].rounds == seen["b"].rounds > 50  # within the budget nobody leaves
+    many = {f"c{k}": clock.work(f"c{k}", slow) for k in range(11)}
+    seen = race({"a": clock.work("a", fast), **many}, budget=0.1)
+    assert seen["a"].rounds == rounds and clock.calls.count("c3") == (rounds + 1 if slow < 1.1 * fast else 3)
+
+
+@pytest.mark.parametrize(("eager", "ours"), [(0.04, 0.048), (0.048, 0.04)])
+@pytest.mark.parametrize("load", [0.45, 2.2])
+def test_one_that_has_left_a_race_is_told_at_the_speed_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, eager: float, ours: float, load: float
+) -> None:
+    clock = use(monkeypatch, Clock())
+
+    def call(name: str, seconds: float) -> Callable[[], None]:
+        def work() -> None:
+            clock.calls.append(name)
+            clock.now += seconds * (load if clock.calls.count(name) > 3 else 1.0)
+
+        return work
+
+    seen = race({"eager": call("eager", eager), "ours": call("ours", ours)}, budget=0.1)
+    assert min(clock.calls.count("eager"), clock.calls.count("ours")) == 3
+    assert seen["ours"].median / seen["eager"].median == pytest.approx(ours / eager)
 
 
 def test_in_a_race_one_disturbed_sample_costs_nobody_the_lead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +246,15 @@ def test_in_a_race_one_disturbed_sample_costs_nobody_the_lead(monkeypatch: pytes
     seen = race({"a": disturbed, "b": clock.work("b", 2.0)}, budget=0.1)
     assert (seen["a"].rounds, seen["a"].median) == (3, 1.0)
     assert race({}, budget=0.1) == {}
+
+
+def test_a_first_call_in_which_something_is_made_does_not_set_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, made = use(monkeypatch, Clock()), list[int]()
+
+    def call() -> None:
+        clock.now += 2e-6 if made else 0.7
+        made.append(1)
+
+    start = clock.now
+    seen = compare(call, clock.work("b", 2e-6), budget=0.0, min_rounds=6)
+    assert len(made) > 6 * 20 and seen.a.median == pytest.approx(2e-6) and clock.now - start < 0.8
