@@ -84,8 +84,10 @@ def test_weights_that_keep_changing_are_not_compiled_for_ever():
     assert made[0].compiled == backend.VARIANTS
 
 
-def test_weights_kept_the_other_way_round_are_constants_too():
+def test_weights_kept_the_other_way_round_are_constants_too(monkeypatch):
     from torchlathe.optimizer import backend
+
+    monkeypatch.setattr(backend._Door, "loses", lambda *_: False)
 
     class Rows(nn.Module):
         def __init__(self):
@@ -96,7 +98,7 @@ def test_weights_kept_the_other_way_round_are_constants_too():
             return torch.addmm(self.bias, x.view(-1, 24), self.weight).view(*x.shape[:2], 32).relu()
 
     made, model, x = [], Rows().eval(), torch.randn(2, 3, 24)
-    compiled = torch.compile(model, backend=lambda *graph: made.append(backend._Door(graph[0], False)) or made[0])
+    compiled = torch.compile(model, backend=lambda *graph: made.append(backend.compile_graph(*graph)) or made[0])
     with torch.no_grad():
         same(compiled(x), model(x))
     ((_, executable),) = made[0].variants
