@@ -132,7 +132,7 @@ def _candidates(
 ) -> tuple[dict[str, Kernel], dict[str, str]]:  # fmt: skip
     """Kernels that give eager's answers on these values, by backend and schedule, and why there are not more.
 
-    When that has taken ENOUGH seconds, it is enough that each backend has had its turn: timing takes longer still.
+    When checking them has taken ENOUGH seconds, one of each backend will do: timing takes longer still.
     """
     referee = EagerBackend().lower(region, target, Schedule())
     kernels, refused, spaces = {REFEREE: referee}, dict[str, str](), list[list[tuple[Backend, Schedule]]]()
