@@ -98,7 +98,7 @@ def test_the_winner_comes_from_the_store(own: Workshop, monkeypatch: pytest.Monk
     boot = workshop_module.BOOT
     monkeypatch.setattr(workshop_module, "BOOT", boot.replace("main(int", """
 from torchlathe.codegen import trial
-trial._timed = lambda calls, values, budget: {name: 0.5 + (name == "eager") for name in calls}  # interpreting is slow
+trial._timed = lambda calls, *_: {name: 0.5 + (name == "eager") for name in calls}  # interpreting is slow
 main(int"""))  # fmt: skip
     program, found, values = region()
     backend = TritonBackend(program)
