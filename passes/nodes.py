@@ -10,7 +10,7 @@ from torch import fx
 
 # operators that return views although their schema does not say so
 SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
-RESHAPES = ("view", "reshape", "_unsafe_view")
+RESHAPES = frozenset(("view", "reshape", "_unsafe_view"))
 # operators that torch composes of others, and whose results are always new
 COMPUTING = frozenset(
     """linear matmul conv1d conv2d conv3d scaled_dot_product_attention layer_norm group_norm rms_norm softmax

@@ -19,7 +19,7 @@ from torch import fx
 from . import ops
 from .axis import Axes, Dim
 from .axis_rules import NORMS, REDUCTIONS, by_element
-from .nodes import arguments, expression, operator_name
+from .nodes import RESHAPES, arguments, expression, operator_name
 from .program import Program
 
 aten = torch.ops.aten
@@ -28,7 +28,6 @@ SOFTMAX = {"softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax"
 ALONE = {"linear", "embedding", *SOFTMAX, *NORMS, *REDUCTIONS}
 PRODUCTS = {"matmul", "bmm", "mm", "baddbmm", "addmm", "einsum"}
 ARRANGED = {"permute", "transpose", "t", "mT", "unsqueeze", "squeeze", "flatten", "stack"}
-DEALT = {"view", "_unsafe_view", "reshape"}
 PIECES = {"split", "split_with_sizes", "chunk", "unbind", "cat"}
 WHOLE = 1 << 40  # ends of slices from here on mean "to the end"
 
@@ -182,7 +181,7 @@ class Shortening:
             return
         if name in ("slice", "select") and (not self._along(node) or self._repoint(node, name)):
             return
-        known = name in ALONE | ARRANGED | DEALT | PIECES | {"expand", "repeat"}
+        known = name in ALONE | ARRANGED | RESHAPES | PIECES | {"expand", "repeat"}
         if mixed or not known or (name in PIECES | {"slice", "select"} and self._along(node)):
             raise Stopped(node, f"{name} works along the axis")
 
@@ -300,7 +299,7 @@ class Shortening:
     def _deal(self, node: fx.Node, places: list[int]) -> None:
         """Sizes of views and expansions that hold the axis."""
         name = operator_name(node)
-        if name not in DEALT | {"expand"}:
+        if name not in RESHAPES | {"expand"}:
             return
         source, sizes = node.args[0], list(node.args[1])  # type: ignore[arg-type]
         if name == "expand":

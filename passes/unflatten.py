@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from .attention import TURNS, turned_back
 from .nodes import RESHAPES, arguments, erase_unused, expression, operator_name
 from .program import Program
 
@@ -69,12 +70,7 @@ def _transposed(program: Program, weight: fx.Node) -> fx.Node | None:
 
     None for one that is computed or an input: as an operand like any other, it is better left in place.
     """
-    name, given = operator_name(weight), arguments(weight) if weight.op == "call_function" else {}
-    turned = (name == "transpose" and given["dim0"] % 2 != given["dim1"] % 2) or (
-        name == "permute" and [d % 2 for d in given["dims"]] == [1, 0]
-    )
-    if name == "t" or turned:
-        (source,) = weight.all_input_nodes
-        return source
+    if weight.target in TURNS and turned_back(weight, (0, 1)) == (1, 0):
+        return weight.all_input_nodes[0]
     value = program.constant(weight)
     return None if value is None else program.weight(f"{weight.target}_t", value.t())
