@@ -11,30 +11,14 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .base import Refusal
+from .layout import relax_layout
 from .nodes import arguments, erase_unused
+from .operators import ADD, ATTENTION, CASTS, COPIES, DIV, DROPOUT, FILL, LIKE, MUL, PRODUCTS, SUB, VIEWS, WHERE
 from .program import Program
 
 aten = torch.ops.aten
 
-ATTENTION = aten.scaled_dot_product_attention.default
 POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten.special_softmax.default, aten._safe_softmax.default}
-CASTS = {aten._to_copy.default, aten.to.dtype, aten.to.other, aten.to.device, aten.type_as.default}
-COPIES = {aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default}
-VIEWS = {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
-         aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.flatten.using_ints,
-         aten.unflatten.int, aten.expand.default}  # fmt: skip
-TURNS = {aten.transpose.int, aten.permute.default, aten.t.default, aten.mT.default}
-LIKE = {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default}
-DROPOUT = {aten.dropout.default, aten.feature_dropout.default}
-PRODUCTS = {aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default, aten.addmm.default,
-            aten.einsum.default}  # fmt: skip
-ADD, SUB = {aten.add.Tensor, aten.add.Scalar}, {aten.sub.Tensor, aten.sub.Scalar}
-MUL, DIV = {aten.mul.Tensor, aten.mul.Scalar}, {aten.div.Tensor, aten.div.Scalar}
-FILL = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
-WHERE = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf}
-
-
 MANY_KEYS = 16  # from which on torch's kernel keeps NaN without a mask: with fewer keys than vector lanes it gives 0
 REACH = 64  # nodes that may stand between the product and the softmax
 
@@ -342,27 +326,3 @@ def simplify(program: Program, change: Callable[[fx.Node], dict[str, Any]], reas
             relax_layout(program, list(node.users))
             sites += 1
     return sites or (Refusal.at(nodes[0], reason) if nodes else Refusal("no attention operator in the program"))
-
-
-def relax_layout(program: Program, users: Sequence[fx.Node]) -> None:
-    """Let views that relied on the strides of the old product follow the strides of the new operator.
-
-    Which kernel runs, and so which strides come out, is only known at run time: `view` becomes `reshape`.
-    """
-    front, seen = list(users), set[fx.Node]()
-    while front:
-        node = min(front)
-        front = [n for n in front if n is not node]
-        if node in seen or node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        seen.add(node)
-        if node.target not in VIEWS | TURNS | COPIES | CASTS and torch.Tag.pointwise not in node.target.tags:
-            continue
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-            source = node.all_input_nodes[0]
-            if source.target is aten.clone.default and len(source.users) == 1:
-                source.replace_all_uses_with(source.all_input_nodes[0])  # the clone was there for the view
-                erase_unused(source)
-        program.infer(node)
-        front += node.users

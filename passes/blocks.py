@@ -17,8 +17,8 @@ import networkx as nx
 import torch
 from torch import fx
 
-from .attention import ATTENTION
 from .nodes import expression
+from .operators import ATTENTION
 from .program import Program
 from .text import stable_text
 

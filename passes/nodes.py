@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+aten = torch.ops.aten
 
 # operators that return views although their schema does not say so
 SHARING = frozenset(("_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk", "lift", "lift_fresh"))
@@ -16,6 +20,9 @@ COMPUTING = frozenset(
     """linear matmul conv1d conv2d conv3d scaled_dot_product_attention layer_norm group_norm rms_norm softmax
     log_softmax""".split()
 )
+
+MAY_COPY = (aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, aten.to.dtype, aten.to.device,
+            aten.einsum.default)  # fmt: skip  # an einsum of one operand may be a view of it
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -74,3 +81,20 @@ def may_share(node: fx.Node) -> bool:
     annotated = any(a.alias_info is not None for a in (*target._schema.arguments, *target._schema.returns))
     composed = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
     return annotated or (composed and operator_name(node) not in COMPUTING)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the node's value surely shares the memory of its input and costs nothing."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[0], fx.Node) and is_view(node.args[0])
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view and node.target not in MAY_COPY
+
+
+def escapes(node: fx.Node) -> bool:
+    """Whether a caller gets hold of the memory of the node's value, directly or through views."""
+    return any(u.op == "output" or ((is_view(u) or u.target in MAY_COPY) and escapes(u)) for u in node.users)
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two shapes are equal for every value of their symbols."""
+    return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))

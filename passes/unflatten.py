@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .attention import TURNS, turned_back
+from .attention import turned_back
 from .nodes import RESHAPES, arguments, erase_unused, expression, operator_name
+from .operators import TURNS
 from .program import Program
 
 aten = torch.ops.aten

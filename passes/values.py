@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from .attention import ADD, CASTS, COPIES, DIV, FILL, MUL, PRODUCTS, SUB, TURNS, VIEWS, WHERE
-from .nodes import arguments, is_pure
+from .nodes import arguments, is_pure, is_view, same_shape
+from .operators import ADD, CASTS, COPIES, DIV, FILL, MUL, PRODUCTS, SUB, TURNS, VIEWS, WHERE
 from .program import Program
 
 aten = torch.ops.aten
 
+NEAR = 64  # how many nodes `near_constant` looks back
 LARGEST = 1 << 24  # elements of a constant that is still worth evaluating
 SCORE = 8192.0  # products of activations are taken to stay below this; a mask value beyond it takes a key out
 
@@ -62,7 +63,8 @@ class Values:
             return None
         wanted = node.meta["val"].shape
         fixed = all(isinstance(size, int) for size in wanted)
-        if fixed and wanted.numel() > LARGEST:
+        costs = not is_view(node) or node.target is aten.expand.default  # expanded memory is cheap, but not to look at
+        if fixed and wanted.numel() > LARGEST and costs:
             return None
         sources = {source: self.constant(source) for source in node.all_input_nodes}
         spread = node.target is aten.expand.default and not fixed
@@ -178,6 +180,26 @@ def _unspread(value: torch.Tensor | None, wanted: torch.Size) -> torch.Tensor | 
     sizes = [size if isinstance(size, int) else 1 for size in wanted]
     tail = sizes[len(sizes) - value.dim() :]
     return value.expand(sizes) if all(a in (1, b) for a, b in zip(value.shape, tail, strict=True)) else None
+
+
+def near_constant(program: Program, value: Any) -> torch.Tensor | None:
+    """The tensor that a node yields in every run; None if it (or its shape) depends on an input or is far to compute.
+
+    The question costs the same in a graph of any size, unlike `Values.constant`, which remembers its answers.
+    """
+    if not isinstance(value, fx.Node):
+        return None
+    found, waiting = {value}, [value]
+    while waiting:
+        node = waiting.pop()
+        fixed = is_pure(node) if node.op == "call_function" else program.constant(node) is not None
+        if not fixed or len(found) > NEAR or not isinstance(node.meta.get("val"), torch.Tensor):
+            return None
+        new = [n for n in node.all_input_nodes if n not in found]
+        found.update(new)
+        waiting += new
+    tensor = Values(program).constant(value)
+    return tensor if tensor is not None and same_shape(tensor, value.meta["val"]) else None
 
 
 def is_causal(mask: torch.Tensor, queries: Any, keys: Any) -> bool:

@@ -11,9 +11,9 @@ from torch import fx
 
 from .. import rewrite
 from ..base import Context, Pass, Refusal
+from ..layers import Channelwise, Layer, channelwise_of, layer_of
+from ..nodes import same_shape
 from ..program import Program
-from .fold_constants import same_shape
-from .fold_norm import Channelwise, Layer, channelwise_of, layer_of
 from .merge_reparam import add_layers
 
 aten = torch.ops.aten

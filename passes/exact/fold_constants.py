@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from ..base import Context, Pass, Refusal
-from ..nodes import is_pure
+from ..nodes import MAY_COPY, escapes, is_pure, is_view, same_shape
 from ..program import Program
 from ..rewrite import replace
 
@@ -22,14 +21,11 @@ aten = torch.ops.aten
 
 SMALL = 1 << 20  # bytes that a folded value may always have, however little it was computed from
 GROWTH = 8  # a larger value may have this many times the bytes of the weights it was computed from
-NEAR = 64  # how many operators `constant_value` looks back
 COPIES = (aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype, aten.to.device)
 # Operators that keep all elements in row-major order, so that only the final shape counts.
 REORDERLESS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.unsqueeze.default,
                aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.flatten.using_ints)  # fmt: skip
 PERMUTES = (aten.permute.default, aten.transpose.int, aten.t.default)
-MAY_COPY = (aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints, aten.to.dtype, aten.to.device,
-            aten.einsum.default)  # fmt: skip  # an einsum of one operand may be a view of it
 
 
 @dataclass(frozen=True)
@@ -145,40 +141,6 @@ def _values(program: Program, wanted: list[fx.Node]) -> dict[fx.Node, Any]:
                 if last[source] is node and source not in wanted:
                     del values[source]
     return values
-
-
-def constant_value(program: Program, value: Any) -> torch.Tensor | None:
-    """The tensor that a node yields in every run; None if it depends on an input or is far to compute."""
-    if not isinstance(value, fx.Node) or program.constant(value) is not None:
-        return program.constant(value)
-    found, waiting = {value}, [value]
-    while waiting:
-        node = waiting.pop()
-        fixed = is_pure(node) if node.op == "call_function" else program.constant(node) is not None
-        if not fixed or len(found) > NEAR or not isinstance(node.meta.get("val"), torch.Tensor):
-            return None
-        new = [n for n in node.all_input_nodes if n not in found]
-        found.update(new)
-        waiting += new
-    result: torch.Tensor = _values(program, [value])[value]
-    return result
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether the node's value surely shares the memory of its input and costs nothing."""
-    if node.target is operator.getitem:
-        return isinstance(node.args[0], fx.Node) and is_view(node.args[0])
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.is_view and node.target not in MAY_COPY
-
-
-def escapes(node: fx.Node) -> bool:
-    """Whether a caller gets hold of the memory of the node's value, directly or through views."""
-    return any(u.op == "output" or ((is_view(u) or u.target in MAY_COPY) and escapes(u)) for u in node.users)
-
-
-def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two shapes are equal for every value of their symbols."""
-    return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
 
 
 def unchanged(program: Program, node: fx.Node) -> fx.Node | None:

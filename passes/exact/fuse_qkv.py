@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-from torch.utils import _pytree as pytree
 
 from ..base import Context, Pass, Refusal
-from ..nodes import is_pure
+from ..layers import Layer, layer_of
+from ..layout import refresh
+from ..nodes import escapes
 from ..program import Program
 from ..rewrite import replace as replace_node
-from .fold_constants import escapes
-from .fold_norm import Layer, layer_of
 
 aten = torch.ops.aten
 LINEARS = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.matmul.default)
@@ -76,25 +73,3 @@ def _join(program: Program, layers: list[Layer]) -> None:
     for layer, part in zip(layers, parts, strict=True):
         replace_node(layer.node, part)
     refresh(program, users)
-
-
-def refresh(program: Program, nodes: Iterable[fx.Node]) -> None:
-    """Infer values anew from `nodes` on, as far as layouts change; a view that one forbids becomes a reshape."""
-    waiting = {n for n in nodes if n.op == "call_function"}
-    while waiting:
-        node = min(waiting)
-        waiting.remove(node)
-        before = node.meta.get("val")
-        leaves = pytree.tree_leaves(before)
-        plain = all(isinstance(v, torch.Tensor) and not free_unbacked_symbols(v) for v in leaves)
-        if not plain or not is_pure(node):
-            continue
-        try:
-            program.infer(node)
-        except (RuntimeError, ValueError):
-            if node.target is not aten.view.default:
-                raise
-            node.target = aten.reshape.default
-            program.infer(node)
-        if [v.stride() for v in pytree.tree_leaves(node.meta["val"])] != [v.stride() for v in leaves]:
-            waiting.update(u for u in node.users if u.op == "call_function")

@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from ..base import Context, Pass, Refusal
-from ..nodes import is_pure
+from ..layout import refresh
+from ..nodes import escapes, is_pure, same_shape
 from ..program import Program
 from ..rewrite import replace
-from .fold_constants import escapes, fold, same_shape
-from .fuse_qkv import refresh
+from .fold_constants import fold
 
 aten = torch.ops.aten
 

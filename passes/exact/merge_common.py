@@ -10,9 +10,8 @@ import torch
 from torch import fx
 
 from ..base import Context, Pass, Refusal
-from ..nodes import is_pure
+from ..nodes import escapes, is_pure, is_view
 from ..program import Program
-from .fold_constants import escapes, is_view
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from torch import fx
 
 from .. import rewrite
 from ..base import Context, Pass, Refusal
+from ..layers import NORMS, Layer, channelwise_of, layer_of
+from ..nodes import same_shape
 from ..program import Program
-from .fold_constants import same_shape
-from .fold_norm import NORMS, Layer, channelwise_of, layer_of
 
 aten = torch.ops.aten
 

@@ -12,10 +12,10 @@ from torch import fx
 
 from ...targets import cost
 from .. import ops
-from ..attention import CASTS, COPIES, VIEWS
 from ..base import Context, Fidelity, Pass, Refusal
 from ..evaluate import evaluate
 from ..nodes import arguments, erase_dead
+from ..operators import CASTS, COPIES, VIEWS
 from ..program import Program
 from ..shorten import WHOLE, Shortening, Stopped, contains
 from ..tokens import Site, Tokens, depends_on_input, find_tokens, products

@@ -9,6 +9,7 @@ from torch import nn
 from torchlathe.passes.capture import capture
 from torchlathe.passes.errors import VerifyError
 from torchlathe.passes.observe import observe
+from torchlathe.passes.program import Program
 from torchlathe.passes.verify import difference, same_answers, well_formed
 
 aten = torch.ops.aten
@@ -83,6 +84,26 @@ def test_verify_notices_unknown_weights_stale_shapes_and_writes(program):
     relu(broken).target = aten.relu_.default
     with pytest.raises(VerifyError, match="writes into its input"):
         well_formed(broken)
+
+
+def test_a_second_check_infers_what_changed_alone(program, monkeypatch):
+    node = program.call(aten.transpose.int, relu(program), 0, 1, before=program.graph.output_node())
+    well_formed(program)
+    inferred, infer = list[str](), Program.infer
+    monkeypatch.setattr(Program, "infer", lambda self, n: (inferred.append(str(n.target)), infer(self, n)))
+    fork = program.fork()
+    well_formed(fork)
+    assert not inferred
+    turned = next(n for n in fork.graph.nodes if n.name == node.name)
+    turned.args = (turned.args[0], 0, 0)
+    with pytest.raises(VerifyError, match=r"transpose"):
+        well_formed(fork)
+    assert inferred == ["aten.transpose.int"]
+    fork = program.fork()
+    source = relu(fork).args[0]
+    source.meta["val"] = source.meta["val"].new_empty(7, 7)
+    with pytest.raises(VerifyError, match=r"7, 7"):
+        well_formed(fork)
 
 
 def test_verify_compares_answers(program):
