@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import arguments, is_pure, is_view, same_shape
+from .nodes import arguments, is_pure
 from .operators import ADD, CASTS, COPIES, DIV, FILL, MUL, PRODUCTS, SUB, TURNS, VIEWS, WHERE
 from .program import Program
 
@@ -63,8 +63,7 @@ class Values:
             return None
         wanted = node.meta["val"].shape
         fixed = all(isinstance(size, int) for size in wanted)
-        costs = not is_view(node) or node.target is aten.expand.default  # expanded memory is cheap, but not to look at
-        if fixed and wanted.numel() > LARGEST and costs:
+        if fixed and wanted.numel() > LARGEST:
             return None
         sources = {source: self.constant(source) for source in node.all_input_nodes}
         spread = node.target is aten.expand.default and not fixed
@@ -182,13 +181,43 @@ def _unspread(value: torch.Tensor | None, wanted: torch.Size) -> torch.Tensor | 
     return value.expand(sizes) if all(a in (1, b) for a, b in zip(value.shape, tail, strict=True)) else None
 
 
-def near_constant(program: Program, value: Any) -> torch.Tensor | None:
-    """The tensor that a node yields in every run; None if it (or its shape) depends on an input or is far to compute.
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and all that its value is computed from."""
+    found, waiting = {node}, [node]
+    while waiting:
+        new = [n for n in waiting.pop().all_input_nodes if n not in found]
+        found.update(new)
+        waiting += new
+    return found
 
-    The question costs the same in a graph of any size, unlike `Values.constant`, which remembers its answers.
+
+def evaluated(program: Program, wanted: list[fx.Node]) -> dict[fx.Node, Any]:
+    """The values of constant nodes, in the operators' own precision, so that folding changes no bit."""
+    needed = set[fx.Node]().union(*(ancestors(node) for node in wanted))
+    order = sorted(needed)
+    last = {source: node for node in order for source in node.all_input_nodes}
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in order:
+            if node.op == "get_attr":
+                values[node] = program.weights[str(node.target)]
+                continue
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            for source in node.all_input_nodes:
+                if last[source] is node and source not in wanted:
+                    del values[source]
+    return values
+
+
+def near_constant(program: Program, value: Any) -> torch.Tensor | None:
+    """The tensor that a node yields in every run; None if it depends on an input or is far to compute.
+
+    The question costs the same in a graph of any size; the tensor may be of any size too. `Values.constant` is for
+    numbers that are to be looked at, and remembers its answers.
     """
-    if not isinstance(value, fx.Node):
-        return None
+    if not isinstance(value, fx.Node) or program.constant(value) is not None:
+        return program.constant(value)
     found, waiting = {value}, [value]
     while waiting:
         node = waiting.pop()
@@ -198,8 +227,8 @@ def near_constant(program: Program, value: Any) -> torch.Tensor | None:
         new = [n for n in node.all_input_nodes if n not in found]
         found.update(new)
         waiting += new
-    tensor = Values(program).constant(value)
-    return tensor if tensor is not None and same_shape(tensor, value.meta["val"]) else None
+    result: torch.Tensor = evaluated(program, [value])[value]
+    return result
 
 
 def is_causal(mask: torch.Tensor, queries: Any, keys: Any) -> bool:

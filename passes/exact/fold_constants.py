@@ -16,6 +16,7 @@ from ..base import Context, Pass, Refusal
 from ..nodes import MAY_COPY, escapes, is_pure, is_view, same_shape
 from ..program import Program
 from ..rewrite import replace
+from ..values import ancestors, evaluated
 
 aten = torch.ops.aten
 
@@ -83,7 +84,7 @@ def fold(program: Program, keep: Callable[[int, int, int], bool]) -> tuple[int, 
                 continue
             stays.add(node)
             refusal = refusal or (Refusal.at(node, reason) if reason else None)
-    values = _values(program, folded)
+    values = evaluated(program, folded)
     for node in reversed(folded):
         replace(node, program.weight(node.name, values[node]))
     return len(folded), refusal
@@ -108,39 +109,11 @@ def _obstacle(node: fx.Node, constant: set[fx.Node], keep: Callable[[int, int, i
         return ""
     if escapes(node):
         return "a caller could write into the result, so it is computed anew"
-    behind = _ancestors(node)
+    behind = ancestors(node)
     weights = sum(_bytes(n.meta["val"]) for n in behind if n.op == "get_attr")
     if keep(_bytes(value), weights, sum(n.op == "call_function" and not is_view(n) for n in behind)):
         return None
     return f"its {_bytes(value)} bytes are too many for what it costs to compute"
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, waiting = {node}, [node]
-    while waiting:
-        new = [n for n in waiting.pop().all_input_nodes if n not in found]
-        found.update(new)
-        waiting += new
-    return found
-
-
-def _values(program: Program, wanted: list[fx.Node]) -> dict[fx.Node, Any]:
-    """The values of constant nodes, in the operators' own precision, so that folding changes no bit."""
-    needed = set[fx.Node]().union(*(_ancestors(node) for node in wanted))
-    order = sorted(needed)
-    last = {source: node for node in order for source in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {}
-    with torch.no_grad():
-        for node in order:
-            if node.op == "get_attr":
-                values[node] = program.weights[str(node.target)]
-                continue
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            for source in node.all_input_nodes:
-                if last[source] is node and source not in wanted:
-                    del values[source]
-    return values
 
 
 def unchanged(program: Program, node: fx.Node) -> fx.Node | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchlathe.passes import FuseQkv
+from torchlathe.passes import FuseQkv, values
 from torchlathe.passes.base import Refusal
 
 aten = torch.ops.aten
@@ -72,6 +72,15 @@ class Flat(nn.Module):
         return self.a(x).view(-1).exp() + self.b(x).view(3, 10).flatten().exp()
 
 
+class Computed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w, self.v = (nn.Parameter(torch.randn(6, 8)) for _ in range(2))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.w * 2), nn.functional.linear(x, self.v.tanh())
+
+
 class Results(nn.Module):
     def __init__(self):
         super().__init__()
@@ -115,6 +124,12 @@ def test_layouts_in_the_graph_are_those_at_run_time(ask):
     seen = {}
     after.run([x], lambda node, value: seen.update({node: value.stride()}) if node.op == "call_function" else None)
     assert seen and all(node.meta["val"].stride() == stride for node, stride in seen.items())
+
+
+def test_fuses_weights_that_are_computed_however_large_they_are(ask, monkeypatch):
+    monkeypatch.setattr(values, "LARGEST", 16)  # elements of a constant whose numbers are looked at
+    before, after, sites = ask(FuseQkv(), Computed(), (torch.randn(3, 8),))
+    assert sites == 1 and products(before) == 2 and products(after) == 1
 
 
 def test_refuses_with_the_reason(ask):
