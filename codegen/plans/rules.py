@@ -155,8 +155,11 @@ def _gelu(s: Site, x: Value) -> Value:
 
 @functools.cache
 def _gelu_loses_infinity() -> bool:
-    """Whether torch's exact gelu is NaN at infinity on this CPU, as oneDNN's is, which torch takes on some of them."""
-    return bool(torch.nn.functional.gelu(torch.tensor([torch.inf])).isnan())
+    """Whether torch's exact gelu is NaN at infinity on this CPU, as oneDNN's is, which torch takes on some of them.
+
+    Asked of many numbers: some CPUs answer otherwise for one.
+    """
+    return bool(torch.nn.functional.gelu(torch.full((64,), torch.inf)).isnan().all())
 
 
 def _silu(s: Site, x: Value) -> Value:
