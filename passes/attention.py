@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .base import Refusal
 from .layout import relax_layout
-from .nodes import arguments, erase_unused
+from .nodes import arguments, erase_unused, same
 from .operators import ADD, ATTENTION, CASTS, COPIES, DIV, DROPOUT, FILL, LIKE, MUL, PRODUCTS, SUB, VIEWS, WHERE
 from .program import Program
 
@@ -67,13 +66,6 @@ class Site:
 def shape(node: fx.Node) -> tuple[Any, ...]:
     """The sizes of a node's tensor."""
     return tuple(node.meta["val"].shape)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two sizes, or two shapes, are equal for every input."""
-    if isinstance(a, (tuple, list)):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(statically_known_true(a == b))
 
 
 def product(node: Any) -> Product | None:

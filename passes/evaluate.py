@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,6 +18,18 @@ def evaluate(
     watch: Callable[[fx.Node, Any], None] | None = None,
 ) -> list[Any]:
     """Interpret nodes in order, freeing each value after its last use. Returns the output node's flat arguments."""
+    for node, value in steps(nodes, weights, inputs):
+        if node.op == "output":
+            return list(value)
+        if watch is not None:
+            watch(node, value)
+    raise ValueError("the graph has no output node")
+
+
+def steps(
+    nodes: Iterable[fx.Node], weights: Mapping[str, Any], inputs: Sequence[Any] = ()
+) -> Iterator[tuple[fx.Node, Any]]:
+    """Each node, in order, with its value (of the output node: its argument); values are freed after their last use."""
     nodes = list(nodes)
     last = {source: node for node in nodes for source in node.all_input_nodes}
     free: dict[fx.Node, list[fx.Node]] = {}
@@ -32,16 +44,12 @@ def evaluate(
             value = weights[str(node.target)]
         else:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
-            if node.op == "output":
-                results: Any = args[0]
-                return list(results)
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+            del args, kwargs
         env[node] = value
-        if watch is not None:
-            watch(node, value)
+        yield node, value
         for source in free.get(node, ()):
             del env[source]
-    raise ValueError("the graph has no output node")
 
 
 def infer(node: fx.Node, weights: Mapping[str, Any], fake: FakeTensorMode) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import fx
 
-from .nodes import arguments, same_shape
+from .nodes import arguments, same
 from .program import Program
 from .values import near_constant
 
@@ -178,7 +178,7 @@ def _flattened(program: Program, node: fx.Node) -> Layer | None:
     before, after = source.meta["val"], node.meta["val"]
     if before.shape[-1:] != (layer.weight.shape[1],) or after.shape[-1:] != (layer.out,):
         return None
-    if not same_shape(before[..., 0], after[..., 0]):
+    if not same(before.shape[:-1], after.shape[:-1]):
         return None
     return replace(layer, node=node, source=source, rank=after.dim())
 
@@ -244,7 +244,7 @@ def channelwise_of(program: Program, node: fx.Node, casts: bool = False) -> Chan
     if found is None:
         return None
     before = found.source.meta.get("val")
-    if not isinstance(before, torch.Tensor) or not before.is_floating_point() or not same_shape(before, value):
+    if not isinstance(before, torch.Tensor) or not before.is_floating_point() or not same(before.shape, value.shape):
         return None
     return found if casts or before.dtype == value.dtype else None
 

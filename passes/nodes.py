@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import sympy
@@ -95,6 +96,27 @@ def escapes(node: fx.Node) -> bool:
     return any(u.op == "output" or ((is_view(u) or u.target in MAY_COPY) and escapes(u)) for u in node.users)
 
 
-def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two shapes are equal for every value of their symbols."""
-    return a.dim() == b.dim() and all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes, or two shapes, are equal for every input."""
+    if isinstance(a, (tuple, list)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(statically_known_true(a == b))
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """The node and all that its value is computed from."""
+    return _reached(node, lambda n: n.all_input_nodes)
+
+
+def descendants(node: fx.Node) -> set[fx.Node]:
+    """The node and all that is computed from its value."""
+    return _reached(node, lambda n: n.users)
+
+
+def _reached(node: fx.Node, step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    found, waiting = {node}, [node]
+    while waiting:
+        new = [n for n in step(waiting.pop()) if n not in found]
+        found.update(new)
+        waiting += new
+    return found

@@ -17,7 +17,7 @@ from .axis import Axes, Axis, Dim, Taken
 from .axis_rules import by_element
 from .base import Refusal
 from .blocks import Branch, attention_branches, find_stream
-from .nodes import arguments, expression, operator_name
+from .nodes import arguments, descendants, expression, operator_name
 from .program import Program
 from .shorten import WHOLE, Stopped
 from .values import Values
@@ -143,7 +143,7 @@ def _tokens_of(
     for site in sites:
         if not in_order and site.mask is not None and varies(values, site.mask, -2):
             return Refusal.at(site.attention, "its mask differs from query to query: tokens are told apart by place")
-    after, length = _descendants(first), sites[0].at.meta["val"].shape[1]
+    after, length = descendants(first), sites[0].at.meta["val"].shape[1]
     places = [*protected(axes, axis), *_read_by_place(axes, axis, after, length)]
     return Tokens(axes, axis, sites, placed(places, length), after, cost.hint(length))
 
@@ -194,15 +194,6 @@ def varies(values: Values, node: fx.Node, dim: int) -> bool:
         at = given["dim"] % value.dim() - value.dim()
         return at != dim and varies(values, given["self"], dim + 1 if at > dim else dim)
     return True
-
-
-def _descendants(node: fx.Node) -> set[fx.Node]:
-    found, stack = {node}, [node]
-    while stack:
-        new = [u for u in stack.pop().users if u not in found]
-        found.update(new)
-        stack += new
-    return found
 
 
 def protected(axes: Axes, dim: Dim) -> list[int]:

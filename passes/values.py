@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .nodes import arguments, is_pure
+from .evaluate import steps
+from .nodes import ancestors, arguments, is_pure
 from .operators import ADD, CASTS, COPIES, DIV, FILL, MUL, PRODUCTS, SUB, TURNS, VIEWS, WHERE
 from .program import Program
 
@@ -181,33 +182,11 @@ def _unspread(value: torch.Tensor | None, wanted: torch.Size) -> torch.Tensor | 
     return value.expand(sizes) if all(a in (1, b) for a, b in zip(value.shape, tail, strict=True)) else None
 
 
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """The node and all that its value is computed from."""
-    found, waiting = {node}, [node]
-    while waiting:
-        new = [n for n in waiting.pop().all_input_nodes if n not in found]
-        found.update(new)
-        waiting += new
-    return found
-
-
 def evaluated(program: Program, wanted: list[fx.Node]) -> dict[fx.Node, Any]:
     """The values of constant nodes, in the operators' own precision, so that folding changes no bit."""
-    needed = set[fx.Node]().union(*(ancestors(node) for node in wanted))
-    order = sorted(needed)
-    last = {source: node for node in order for source in node.all_input_nodes}
-    values: dict[fx.Node, Any] = {}
+    kept, needed = set(wanted), set[fx.Node]().union(*(ancestors(node) for node in wanted))
     with torch.no_grad():
-        for node in order:
-            if node.op == "get_attr":
-                values[node] = program.weights[str(node.target)]
-                continue
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            for source in node.all_input_nodes:
-                if last[source] is node and source not in wanted:
-                    del values[source]
-    return values
+        return {node: value for node, value in steps(sorted(needed), program.weights) if node in kept}
 
 
 def near_constant(program: Program, value: Any) -> torch.Tensor | None:
@@ -216,8 +195,9 @@ def near_constant(program: Program, value: Any) -> torch.Tensor | None:
     The question costs the same in a graph of any size; the tensor may be of any size too. `Values.constant` is for
     numbers that are to be looked at, and remembers its answers.
     """
-    if not isinstance(value, fx.Node) or program.constant(value) is not None:
-        return program.constant(value)
+    direct = program.constant(value)
+    if direct is not None or not isinstance(value, fx.Node):
+        return direct
     found, waiting = {value}, [value]
     while waiting:
         node = waiting.pop()

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from ..attention import MANY_KEYS, same, shape, simplify
+from ..attention import MANY_KEYS, shape, simplify
 from ..base import Context, Pass, Refusal
-from ..nodes import arguments
+from ..nodes import arguments, same
 from ..program import Program
 from ..values import Values, is_causal
 

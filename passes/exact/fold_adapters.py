@@ -12,7 +12,7 @@ from torch import fx
 from .. import rewrite
 from ..base import Context, Pass, Refusal
 from ..layers import Channelwise, Layer, channelwise_of, layer_of
-from ..nodes import same_shape
+from ..nodes import same
 from ..program import Program
 from .merge_reparam import add_layers
 
@@ -166,7 +166,11 @@ def _step(program: Program, node: fx.Node) -> Step | None:
         return None
     for operand in operands:
         before = operand.meta.get("val")
-        if not isinstance(before, torch.Tensor) or not before.is_floating_point() or not same_shape(before, value):
+        if (
+            not isinstance(before, torch.Tensor)
+            or not before.is_floating_point()
+            or not same(before.shape, value.shape)
+        ):
             return None
     if node.target in (aten.add.Tensor, aten.sub.Tensor) and not node.kwargs and len(operands) == 2:
         return operands

@@ -9,14 +9,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils import _pytree as pytree
 
 from ..base import Context, Pass, Refusal
-from ..nodes import MAY_COPY, escapes, is_pure, is_view, same_shape
+from ..nodes import MAY_COPY, ancestors, escapes, is_pure, is_view, same
 from ..program import Program
 from ..rewrite import replace
-from ..values import ancestors, evaluated
+from ..values import evaluated
 
 aten = torch.ops.aten
 
@@ -141,7 +140,7 @@ def _same_layout(source: fx.Node, chain: list[fx.Node]) -> bool:
     a, b = source.meta.get("val"), chain[0].meta.get("val")
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)) or (a.dtype, a.device) != (b.dtype, b.device):
         return False
-    return same_shape(a, b) and all(statically_known_true(m == n) for m, n in zip(a.stride(), b.stride(), strict=True))
+    return same(a.shape, b.shape) and same(a.stride(), b.stride())
 
 
 def _cancels(source: fx.Node, chain: list[fx.Node]) -> bool:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from ..attention import MANY_KEYS, Site, Step, find, repeated_heads, same, shape, strip_expand, turned_back
+from ..attention import MANY_KEYS, Site, Step, find, repeated_heads, shape, strip_expand, turned_back
 from ..base import Context, Pass, Refusal
 from ..layout import relax_layout
-from ..nodes import erase_unused
+from ..nodes import erase_unused, same
 from ..operators import ATTENTION, CASTS, COPIES, DIV, MUL, SOFTMAX, TURNS, VIEWS
 from ..program import Program
 from ..values import SCORE, Values, is_causal, swallows_all_or_little

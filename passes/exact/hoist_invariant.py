@@ -10,7 +10,7 @@ from torch import fx
 
 from ..base import Context, Pass, Refusal
 from ..layout import refresh
-from ..nodes import escapes, is_pure, same_shape
+from ..nodes import escapes, is_pure, same
 from ..program import Program
 from ..rewrite import replace
 from .fold_constants import fold
@@ -51,7 +51,7 @@ def _sink_expand(program: Program, node: fx.Node) -> str | None:
     if not (pointwise and expands and node.users and is_pure(node)) or node.target is aten.clone.default:
         return ""
     value = node.meta["val"]
-    whole = next((n for n in expands if same_shape(n.meta["val"], value)), None)
+    whole = next((n for n in expands if same(n.meta["val"].shape, value.shape)), None)
     if whole is None or escapes(node):
         return "the result leaves the program" if whole else "no expanded operand has the shape of the result"
 
@@ -63,7 +63,7 @@ def _sink_expand(program: Program, node: fx.Node) -> str | None:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), core)
     new: Any = program.call(node.target, *args, before=node, like=node, **kwargs)
     small = new.meta["val"]
-    if small.dtype != value.dtype or small.dim() > value.dim() or same_shape(small, value):
+    if small.dtype != value.dtype or small.dim() > value.dim() or same(small.shape, value.shape):
         program.graph.erase_node(new)
         return "another operand has every row of its own"
     result = program.call(aten.expand.default, new, *whole.args[1:], before=node, like=node, **whole.kwargs)

@@ -11,7 +11,7 @@ from torch import fx
 from .. import rewrite
 from ..base import Context, Pass, Refusal
 from ..layers import NORMS, Layer, channelwise_of, layer_of
-from ..nodes import same_shape
+from ..nodes import same
 from ..program import Program
 
 aten = torch.ops.aten
@@ -56,7 +56,7 @@ def is_sum(node: fx.Node) -> bool:
     values = [a.meta.get("val") for a in node.args if isinstance(a, fx.Node)]
     own = node.meta["val"]
     tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    return len(tensors) == 2 and all(v.dtype == own.dtype and same_shape(v, own) for v in tensors)
+    return len(tensors) == 2 and all(v.dtype == own.dtype and same(v.shape, own.shape) for v in tensors)
 
 
 def _terms(root: fx.Node) -> list[fx.Node]:

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from torch import fx
 
-from ..attention import repeated_heads, same, shape, simplify
+from ..attention import repeated_heads, shape, simplify
 from ..base import Context, Pass, Refusal
-from ..nodes import arguments
+from ..nodes import arguments, same
 from ..program import Program
 
 
